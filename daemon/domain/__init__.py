@@ -1,0 +1,1 @@
+"""The nouns, the rules and the protocols of tallyd. Imports the standard library alone."""

@@ -1,0 +1,127 @@
+"""What a provider reports: grains, rows, and complete snapshots of a window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Literal, NamedTuple, NewType
+
+from daemon.domain.window import Width, Window
+
+Basis = Literal["provider", "local"]
+GrainId = NewType("GrainId", str)
+Dims = tuple[tuple[str, str | None], ...]
+"""Every requested dimension with its value, sorted by name. Null is a value of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grain:
+    """How one source is cut: rows of two grains of a source must never feed the same sum.
+
+    Attributes:
+        api: the generation of the provider's API, such as "reports" or "analytics".
+        width: the bucket length.
+        group_by: the requested dimensions, sorted by name.
+    """
+
+    api: str
+    width: Width
+    group_by: tuple[str, ...]
+
+
+class Rating(NamedTuple):
+    """What a row is priced by: disjoint counts of one model, under the provider's own pricing context.
+
+    Attributes:
+        provider: the price list's name for the provider, such as "openai".
+        model: as the provider reported it; an alias is resolved by the price list.
+        context: choices that change the rate, sorted, such as (("service_tier", "flex"),) or (("processing", "batch"),).
+        counts: (class, count) of tokens or searches that do not overlap; classes are the price list's, such as
+            "input", "cache_read", "cache_write", "cache_write_1h", "output", "input_audio", "web_search".
+        is_long: True or False when the provider says which context tier it was; None when a sum may mix them.
+    """
+
+    provider: str
+    model: str
+    context: tuple[tuple[str, str], ...]
+    counts: tuple[tuple[str, int], ...]
+    is_long: bool | None = None
+
+
+class Row(NamedTuple):
+    """One line of a report, in the field's common terms. `None` means: the provider does not say.
+
+    Tokens and requests are counts. `input_tokens` is all input, cached included. `quantity` counts what is not a
+    token (images, seconds, characters, sessions, searches), in `unit`. `amount` is money in `currency` (ISO 4217,
+    upper case), never a float, and is set by the poller only where the provider itself reports money. `detail` is the
+    canonical JSON object of every other field that the provider sent, unknown ones included, for later readers.
+    `rating` says how to price the row locally; None where the row has no price of its own.
+    """
+
+    dims: Dims
+    input_tokens: int | None = None
+    cache_read_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    output_tokens: int | None = None
+    requests: int | None = None
+    quantity: Decimal | None = None
+    unit: str | None = None
+    amount: Decimal | None = None
+    currency: str | None = None
+    detail: bytes = b"{}"
+    rating: Rating | None = None
+
+
+class Totals(NamedTuple):
+    """The sums of a bucket, for comparing an ungrouped read with what is stored. `None` adds as nothing."""
+
+    input_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    output_tokens: int = 0
+    requests: int = 0
+    quantity: Decimal = Decimal(0)
+    amount: Decimal = Decimal(0)
+
+
+def totals_of(rows: tuple[Row, ...]) -> Totals:
+    """Sum the rows of one bucket. Money counts only as the provider reported it."""
+    sums = Totals()
+    for row in rows:
+        sums = Totals(
+            sums.input_tokens + (row.input_tokens or 0),
+            sums.cache_read_tokens + (row.cache_read_tokens or 0),
+            sums.cache_write_tokens + (row.cache_write_tokens or 0),
+            sums.output_tokens + (row.output_tokens or 0),
+            sums.requests + (row.requests or 0),
+            sums.quantity + (row.quantity or 0),
+            sums.amount + (row.amount or 0),
+        )
+    return sums
+
+
+@dataclass(frozen=True, slots=True)
+class BucketRead:
+    """All rows that the provider has for one bucket; empty means it said so."""
+
+    start: datetime
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One complete page chain: it is authoritative for every bucket of its window.
+
+    Attributes:
+        window: aligned; each of its buckets is covered, also those that the provider left out because they are empty.
+        buckets: those with rows (and possibly empty ones), oldest first, each start at most once.
+        pages: how many pages the chain had.
+        refreshed_at: the provider's own freshness stamp, where it has one.
+    """
+
+    grain: Grain
+    window: Window
+    buckets: tuple[BucketRead, ...]
+    pages: int
+    refreshed_at: datetime | None = None

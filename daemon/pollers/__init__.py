@@ -1,0 +1,1 @@
+"""Step 5 of 8, poller: one file per provider: its endpoints, paging and field names."""

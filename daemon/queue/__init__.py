@@ -1,0 +1,1 @@
+"""Step 3 of 8, queue: one durable queue in Postgres: enqueue, claim, heartbeat, settle, rescue."""
