@@ -80,7 +80,8 @@ create table bucket (
   totals         bigint[] not null,                 -- input, cache read, cache write, output, requests
   total_quantity numeric not null default 0,
   total_amount   numeric not null default 0,        -- as the provider reported it
-  pending_since  timestamptz,                       -- a vanished row was first missed then
+  pending_since  timestamptz,                       -- rows vanished from a read then,
+  pending_keys   bytea[],                           -- these, and await a second witness
   changed_at     timestamptz not null default now(),
   primary key (stream_id, bucket_start)
 ) with (fillfactor = 70);
