@@ -7,7 +7,8 @@
     │   ├── RateLimitedError       the provider said 429
     │   ├── UpstreamUnavailableError   5xx, 408, 409, 425, time-out, reset, truncated body
     │   ├── CircuitOpenError       not even tried: this host is known to be down, or told us to wait
-    │   └── StorageUnavailableError    Postgres is away, or took too long
+    │   ├── StorageUnavailableError    Postgres is away, or took too long
+    │   └── DeadlockError          Postgres undid this transaction so that another could go on: repeat it
     ├── PermanentError             do not try again
     │   ├── CredentialError        401, or a key of the wrong kind: park the connection, tell a person
     │   ├── ForbiddenError         403: park the source, tell a person
@@ -17,6 +18,7 @@
     ├── RecordRejectedError        skip this record, count it, keep it for inspection, go on
     ├── LeaseLostError             another replica owns the job now: roll back, say nothing
     ├── DataRejectedError          Postgres refuses the data itself: bisect the flush
+    ├── ConflictError              the row is there already, or names one that is not: the caller decides
     └── SignatureError             an HTTP caller that is not QStash: 401
 
 An exception takes data, builds its own message, and never carries a secret.
@@ -89,6 +91,10 @@ class StorageUnavailableError(TransientError):
     """Postgres cannot be reached, or gave up on a statement."""
 
 
+class DeadlockError(TransientError):
+    """Postgres undid the transaction in favour of another (40P01, 40001): repeat the whole of it."""
+
+
 class PermanentError(DaemonError):
     """Trying again changes nothing; a person or a release has to act."""
 
@@ -138,6 +144,14 @@ class LeaseLostError(DaemonError):
 
 class DataRejectedError(DaemonError):
     """Postgres refuses the data itself (a NUL in a text, a number out of range)."""
+
+
+class ConflictError(DaemonError):
+    """A unique or foreign key refuses the write; `constraint` names which, where Postgres says so."""
+
+    def __init__(self, problem: str, constraint: str | None = None) -> None:
+        self.constraint = constraint
+        super().__init__(problem)
 
 
 class SignatureError(DaemonError):
