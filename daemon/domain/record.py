@@ -11,6 +11,8 @@ from daemon.domain.window import Width, Window
 
 Basis = Literal["provider", "local"]
 GrainId = NewType("GrainId", str)
+HASH_VERSION = 1
+"""Of row keys, content hashes and bucket digests. Code of an older version leaves newer buckets alone."""
 Dims = tuple[tuple[str, str | None], ...]
 """Every requested dimension with its value, sorted by name. Null is a value of its own."""
 
@@ -125,3 +127,41 @@ class Snapshot:
     buckets: tuple[BucketRead, ...]
     pages: int
     refreshed_at: datetime | None = None
+
+
+class ReadyRow(NamedTuple):
+    """A row with its identity and its money. `rate_version` is set for local prices only."""
+
+    key: bytes
+    content: bytes
+    row: Row
+    dims_json: str
+    detail_json: str
+    amount: Decimal | None
+    currency: str | None
+    basis: Basis | None
+    rate_version: str | None
+
+
+class ReadyBucket(NamedTuple):
+    """All rows of one bucket, as read; `digest` covers them, `totals` are their sums."""
+
+    start: datetime
+    rows: tuple[ReadyRow, ...]
+    digest: bytes
+    totals: Totals
+
+
+class Stored(NamedTuple):
+    """A current row as the ledger has it."""
+
+    key: bytes
+    content: bytes
+    is_tombstone: bool
+
+
+class Pending(NamedTuple):
+    """The keys that an earlier read missed, and since when (database time)."""
+
+    since: datetime
+    keys: frozenset[bytes]

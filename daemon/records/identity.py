@@ -14,10 +14,9 @@ from hashlib import sha256
 import msgspec
 
 from daemon.domain.connection import ConnectionId
-from daemon.domain.record import Dims, Grain, GrainId, Row
+from daemon.domain.record import HASH_VERSION, Dims, Grain, GrainId, Row
 from daemon.domain.window import to_epoch
 
-HASH_VERSION = 1
 _DIGEST_BYTES = 16
 _encode = msgspec.json.Encoder().encode
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from decimal import Decimal
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 
-from daemon.domain.record import Basis, Dims, Rating, Row, Snapshot, Totals, totals_of
+from daemon.domain.record import Basis, Dims, Rating, ReadyBucket, ReadyRow, Row, Snapshot, totals_of
 from daemon.records.identity import Keyer, bucket_digest, content_hash
 
 UNPRICED = "unpriced"
@@ -18,29 +18,6 @@ Price = Callable[[Rating, datetime], tuple[Decimal | None, str]]
 """(rating, bucket start) to (amount in USD, or None when no price is known; the version of the rates)."""
 
 _encode = msgspec.json.Encoder(order="deterministic").encode
-
-
-class ReadyRow(NamedTuple):
-    """A row with its identity and its money. `rate_version` is set for local prices only."""
-
-    key: bytes
-    content: bytes
-    row: Row
-    dims_json: str
-    detail_json: str
-    amount: Decimal | None
-    currency: str | None
-    basis: Basis | None
-    rate_version: str | None
-
-
-class ReadyBucket(NamedTuple):
-    """All rows of one bucket, as read; `digest` covers them, `totals` are their sums."""
-
-    start: datetime
-    rows: tuple[ReadyRow, ...]
-    digest: bytes
-    totals: Totals
 
 
 def ready_buckets(

@@ -10,22 +10,14 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Literal, NamedTuple
 
+from daemon.domain.record import Pending, ReadyBucket, ReadyRow, Stored
 from daemon.records.identity import bucket_digest
-from daemon.records.normalize import ReadyBucket, ReadyRow
 
 CONFIRM_AFTER = timedelta(minutes=10)
 """Two reads that both miss a key count as two only when they are this far apart, by the database's clock."""
 
 Witness = Literal["none", "totals", "full"]
 """Beside the grouped read itself: nothing; an ungrouped total that it equals; or the same in a full re-read."""
-
-
-class Stored(NamedTuple):
-    """A current row as the ledger has it."""
-
-    key: bytes
-    content: bytes
-    is_tombstone: bool
 
 
 class Change(NamedTuple):
@@ -46,13 +38,6 @@ class Change(NamedTuple):
     withheld: tuple[bytes, ...]
     digest: bytes
     pending_since: datetime | None
-
-
-class Pending(NamedTuple):
-    """The keys that an earlier read missed, and since when (database time)."""
-
-    since: datetime
-    keys: frozenset[bytes]
 
 
 def judge(
