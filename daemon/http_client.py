@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http.cookiejar import DefaultCookiePolicy
 from types import TracebackType
 from typing import Self
 from urllib.parse import quote, urlsplit
@@ -290,20 +289,21 @@ def build_url(base_url: str, path: str, params: Sequence[tuple[str, str]]) -> st
 class HttpClient:
     """One per process, used by every connection at once.
 
+    It speaks to the transport itself: `httpx.AsyncClient` would add cookies, redirects, the environment's proxies and
+    a second set of headers, all of which we do not want, and costs 40 % of the requests per second.
+
     Args:
         transport: any httpx transport in place of the network, for tests.
     """
 
     def __init__(self, settings: HttpSettings | None = None, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._settings = settings or HttpSettings()
-        self._client = httpx.AsyncClient(
-            transport=transport or AiohttpTransport(self._settings),
-            headers={"user-agent": self._settings.user_agent},
-            follow_redirects=False,
-            trust_env=False,
-        )
-        # httpx would send one tenant's cookie with another tenant's key.
-        self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))
+        self._transport = transport or AiohttpTransport(self._settings)
+        self._headers = {
+            "user-agent": self._settings.user_agent,
+            "accept": "application/json",
+            "accept-encoding": "gzip, deflate",
+        }
 
     async def __aenter__(self) -> Self:
         return self
@@ -314,7 +314,7 @@ class HttpClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._transport.aclose()
 
     async def get(
         self,
@@ -336,8 +336,8 @@ class HttpClient:
         if any(not value.isascii() or not value.isprintable() for value in sent.values()):
             raise CredentialError("the key holds a line break or another character that no HTTP header can carry")
         try:
-            request = self._client.build_request("GET", build_url(base_url, path, params), headers=sent)
-            response = await self._client.send(request, stream=True)
+            request = httpx.Request("GET", build_url(base_url, path, params), headers={**self._headers, **sent})
+            response = await self._transport.handle_async_request(request)
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
             raise as_ours(error, host) from error
         try:
