@@ -41,6 +41,7 @@ _BY_SQLSTATE: dict[str, type[DaemonError]] = {
             "0L",
             "0P",
             "0Z",
+            "10",
             "20",
             "21",
             "24",

@@ -292,10 +292,10 @@ async def _roll_back(connection: PoolConnectionProxy) -> None:
     with anyio.CancelScope(shield=True):
         try:
             # Always: when BEGIN itself was cut off, the driver does not know yet whether it took place.
-            if not connection.is_closed():
-                await connection.execute("rollback", timeout=CLEANUP_TIMEOUT_S)
+            await connection.execute("rollback", timeout=CLEANUP_TIMEOUT_S)
         except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError):
-            connection.terminate()
+            with suppress(asyncpg.InterfaceError):  # the driver has cut and forgotten it already
+                connection.terminate()
 
 
 async def _close(connection: _Connection) -> None:
