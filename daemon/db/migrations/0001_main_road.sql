@@ -56,6 +56,7 @@ create table stream (
   daily_at          timestamptz,
   changed_at        timestamptz,
   open_job          bigint,                         -- a poll_one that is still waiting or running
+  dead_job          bigint,                         -- its dead letter: the next failure updates it, adds none
   parked_reason     text,
   unique (connection_id, source)
 ) with (fillfactor = 70);
