@@ -120,7 +120,7 @@ def _one_of(*choices: str) -> Parse:
     def parse(value: object) -> str:
         if value not in choices:
             raise ValueError(f"is {value!r}; choose one of {', '.join(choices)}")
-        return cast("str", value)
+        return str(value)
 
     return parse
 

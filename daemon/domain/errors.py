@@ -3,6 +3,7 @@
     DaemonError
     ├── ConfigError                startup only: every problem at once, exit 2
     ├── UsageError                 a caller of the CLI or API asked for something that cannot be: exit 2
+    ├── ImportRefusedError         lines of a file that cannot be; nothing of it was stored: exit 2
     ├── TransientError             try again; carries retry_after_s
     │   ├── RateLimitedError       the provider said 429
     │   ├── UpstreamUnavailableError   5xx, 408, 409, 425, time-out, reset, truncated body
@@ -50,6 +51,14 @@ class UsageError(DaemonError):
         self.field = field
         self.fix = fix
         super().__init__(f"{field}: {problem}" + (f"; {fix}" if fix else ""))
+
+
+class ImportRefusedError(DaemonError):
+    """A file with bad lines. `problems` holds one sentence each: the line, the field, what is wrong, the fix."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problems))
 
 
 class TransientError(DaemonError):
