@@ -1,0 +1,304 @@
+"""What the providers' reports have in common: page chains, bucket grids, and fields told apart from their neighbours.
+
+A chain is the whole answer to one question or no answer at all. Whatever breaks the contract of paging raises
+SchemaDriftError, because a part that passes for the whole would wipe out what was booked before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from decimal import Context, Decimal, InvalidOperation
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from daemon.domain.errors import CredentialError, SchemaDriftError, UsageError
+from daemon.domain.ports import Answer
+from daemon.domain.record import BucketRead, Dims, Rating, Row
+from daemon.domain.window import Width, Window, rfc3339
+
+Fields = dict[str, Any]
+"""A row as it was sent: integers as int, every other number as Decimal."""
+
+T = TypeVar("T")
+INT_MAX = 2**63 - 1
+DIGITS_MAX = 100
+EXACT = Context(prec=4 * DIGITS_MAX)
+"""The default context would round money to 28 digits; this one holds sums of the longest numbers that we take."""
+
+_encode_detail = msgspec.json.Encoder(order="sorted", decimal_format="number").encode
+_decode_detail = msgspec.json.Decoder(Fields, float_hook=Decimal).decode
+
+
+class Page(Protocol):
+    """The paging part of an envelope."""
+
+    has_more: bool
+    next_page: str | None
+
+    @property
+    def is_empty(self) -> bool: ...
+
+
+PageT = TypeVar("PageT", bound=Page)
+
+
+def decode(decoder: msgspec.json.Decoder[T], answer: Answer, what: str) -> T:
+    """Parse a body. Raises SchemaDriftError, with the body, for anything that is not of the decoder's type."""
+    try:
+        return decoder.decode(answer.body)
+    except msgspec.ValidationError as error:
+        raise SchemaDriftError(f"{what}: {error}", answer.body) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ArithmeticError) as error:
+        kind = answer.headers.get("content-type", "no content type")
+        raise SchemaDriftError(f"{what}: the answer is not JSON ({kind})", answer.body) from error
+
+
+async def read_pages(
+    ask: Callable[[str | None], Awaitable[PageT]],
+    *,
+    pages_max: int,
+    is_past: Callable[[PageT], bool] = lambda _page: False,
+) -> list[PageT]:
+    """Follow the cursors of one question to its end.
+
+    Args:
+        ask: reads the page at a cursor; the first has none.
+        pages_max: a chain without an end by then is broken, not done.
+        is_past: the page goes beyond what was asked for, so that the rest need not be read.
+    """
+    pages: list[PageT] = []
+    seen: set[str] = set()
+    cursor: str | None = None
+    while len(pages) < pages_max:
+        page = await ask(cursor)
+        pages.append(page)
+        if not page.has_more:
+            return pages
+        cursor = page.next_page
+        if not cursor:
+            raise SchemaDriftError("the page says that there are more, and gives no cursor")
+        # Costs have been seen to hand out cursors for ever after the last bucket; an empty page is the end.
+        if page.is_empty or is_past(page):
+            return pages
+        if cursor in seen:
+            raise SchemaDriftError("a page's cursor leads back to a page that was read")
+        seen.add(cursor)
+    raise SchemaDriftError(f"the page chain has no end after {pages_max} pages")
+
+
+def check_grid(start: datetime, end: datetime, width: Width) -> None:
+    """Raise SchemaDriftError for a bucket that is clipped, stretched or off the grid: its identity would not last."""
+    if end - start != width.delta or width.floor(start) != start:
+        raise SchemaDriftError(f"bucket {rfc3339(start)} to {rfc3339(end)} is not on the {width.value} grid")
+
+
+def in_order(
+    buckets: Iterable[tuple[datetime, tuple[Row, ...]]], window: Window, width: Width, *, is_contiguous: bool
+) -> tuple[BucketRead, ...]:
+    """The buckets of a chain that lie in `window`, once their order is proven.
+
+    Args:
+        buckets: start and rows, in the order of the chain.
+        is_contiguous: the provider sends empty buckets too, so that a hole means a lost page.
+    """
+    taken: list[BucketRead] = []
+    last: datetime | None = None
+    for start, rows in buckets:
+        if last is not None and (start <= last or (is_contiguous and start - last != width.delta)):
+            raise SchemaDriftError(f"bucket {rfc3339(start)} follows {rfc3339(last)}: repeated, out of order or a hole")
+        last = start
+        if start < window.start:
+            raise SchemaDriftError(f"bucket {rfc3339(start)} lies before the asked start {rfc3339(window.start)}")
+        if start < window.end:
+            taken.append(BucketRead(start, rows))
+    return tuple(taken)
+
+
+# ── Fields ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def take_count(row: Fields, name: str) -> int | None:
+    """Remove and return a count; None if it is absent or null."""
+    value = row.pop(name, None)
+    if type(value) is int and 0 <= value <= INT_MAX:
+        return value
+    if value is None:
+        return None
+    if type(value) is Decimal and 0 <= value <= INT_MAX and value == int(value):
+        return int(value)
+    raise SchemaDriftError(f"{name} is not a count", repr(value).encode())
+
+
+def need_count(row: Fields, name: str) -> int:
+    """Remove and return a count that the contract requires."""
+    value = take_count(row, name)
+    if value is None:
+        raise SchemaDriftError(f"{name} is missing from a row", encode_detail(row))
+    return value
+
+
+def money(value: object) -> Decimal:
+    """The exact amount of a JSON number or string: negative and exponent forms are legal, infinities are not."""
+    if type(value) is int:
+        value = Decimal(value)
+    elif type(value) is str:
+        try:
+            # Decimal itself would also take underscores, blanks and digits of other scripts.
+            value = Decimal(value) if value.isascii() and not set(value) & set("_ \t\r\n\f\v") else None
+        except InvalidOperation:
+            value = None
+    if type(value) is not Decimal or not value.is_finite():
+        raise SchemaDriftError("an amount is not a number")
+    _sign, digits, exponent = value.as_tuple()
+    assert isinstance(exponent, int)
+    if len(digits) > DIGITS_MAX or exponent < -DIGITS_MAX:
+        raise SchemaDriftError("an amount has more digits than we hold")
+    if value.adjusted() > 30:
+        raise SchemaDriftError("an amount is beyond reason")
+    return value
+
+
+def take_dims(row: Fields, names: Sequence[str]) -> Dims:
+    """Remove and return the requested dimensions. `names` is sorted; an absent one is null."""
+    return tuple([(name, _dim(name, row.pop(name, None))) for name in names])
+
+
+def _dim(name: str, value: object) -> str | None:
+    if value is None or type(value) is str:
+        return value
+    if type(value) is bool:
+        return "true" if value else "false"
+    if type(value) is int:
+        return str(value)
+    raise SchemaDriftError(f"dimension {name} is neither a text nor null")
+
+
+def encode_detail(row: Mapping[str, object]) -> bytes:
+    """What is left of a row, as canonical JSON. Null means the same as absent, and is left out."""
+    for value in row.values():
+        if value is None:
+            return _encode_detail({name: value for name, value in row.items() if value is not None})
+    return _encode_detail(row) if row else b"{}"
+
+
+# ── Rows with equal dimensions ──────────────────────────────────────────────────────────────────
+
+
+def merge_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Sum the rows that share all their dimensions; a bucket holds each key once."""
+    merged: dict[Dims, Row] = {}
+    for row in rows:
+        other = merged.get(row.dims)
+        merged[row.dims] = row if other is None else _sum(other, row)
+    return tuple(merged.values())
+
+
+def _sum(a: Row, b: Row) -> Row:
+    same_unit = a.unit == b.unit
+    return Row(
+        dims=a.dims,
+        input_tokens=_plus(a.input_tokens, b.input_tokens),
+        cache_read_tokens=_plus(a.cache_read_tokens, b.cache_read_tokens),
+        cache_write_tokens=_plus(a.cache_write_tokens, b.cache_write_tokens),
+        output_tokens=_plus(a.output_tokens, b.output_tokens),
+        requests=_plus(a.requests, b.requests),
+        quantity=_plus_exact(a.quantity, b.quantity) if same_unit else None,
+        unit=a.unit if same_unit else None,
+        amount=_plus_exact(a.amount, b.amount),
+        currency=a.currency,
+        detail=_sum_details(a.detail, b.detail),
+        rating=_sum_ratings(a.rating, b.rating),
+    )
+
+
+def _plus(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _plus_exact(a: Decimal | None, b: Decimal | None) -> Decimal | None:
+    return b if a is None else a if b is None else EXACT.add(a, b)
+
+
+def _sum_details(a: bytes, b: bytes) -> bytes:
+    if a == b == b"{}":
+        return a
+    sums = _decode_detail(a)
+    for name, value in _decode_detail(b).items():
+        mine = sums.get(name)
+        if _is_number(mine) and _is_number(value):
+            sums[name] = EXACT.add(Decimal(mine), Decimal(value)) if type(mine) is not type(value) else mine + value
+        elif mine is None or _encode_detail(value) < _encode_detail(mine):
+            # The lesser of two texts: an order of rows that changes between polls must not look like a restatement.
+            sums[name] = value
+    return _encode_detail(sums)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, Decimal)
+
+
+def _sum_ratings(a: Rating | None, b: Rating | None) -> Rating | None:
+    if a is None or b is None:
+        return a or b
+    counts = dict(a.counts)
+    for name, count in b.counts:
+        counts[name] = counts.get(name, 0) + count
+    is_long = a.is_long if a.is_long == b.is_long else None
+    return a._replace(counts=tuple(sorted(counts.items())), is_long=is_long)
+
+
+# ── Settings and credentials ────────────────────────────────────────────────────────────────────
+
+
+def check_group_by(setting: object, choices: Mapping[str, frozenset[str]]) -> None:
+    """Raise UsageError unless `setting` maps sources to lists of the dimensions in `choices`."""
+    if not isinstance(setting, Mapping):
+        raise UsageError(
+            "settings.group_by", "must map a source to its dimensions", 'such as {"costs": ["project_id"]}'
+        )
+    for source, names in setting.items():
+        field = f"settings.group_by.{source}"
+        if source not in choices:
+            raise UsageError(field, "no such source", f"use one of {', '.join(sorted(choices))}")
+        if not isinstance(names, Sequence) or isinstance(names, str):
+            raise UsageError(field, "must be a list of dimensions")
+        for name in names:
+            if name not in choices[source]:
+                known = ", ".join(sorted(choices[source])) or "none at all"
+                raise UsageError(field, f"{name!r} cannot be grouped by", f"use some of {known}")
+        if len(set(names)) != len(names):
+            raise UsageError(field, "names a dimension twice")
+
+
+def check_known(settings: Mapping[str, object], known: Sequence[str]) -> None:
+    """Raise UsageError for a setting that is not in `known`."""
+    for name in settings:
+        if name not in known:
+            raise UsageError(f"settings.{name}", "no such setting", f"use one of {', '.join(known)}")
+
+
+KEY_KINDS = {
+    "sk-admin-": "an OpenAI admin key",
+    "sk-proj-": "an OpenAI project key",
+    "sk-svcacct-": "an OpenAI service account key",
+    "sk-ant-admin": "an Anthropic Admin key",
+    "sk-ant-api": "an Anthropic API key",
+    "sk-ant-": "a key of Anthropic",
+    "sk-or-": "an OpenRouter key",
+}
+
+
+def check_key_kind(credential: str, accepted: str, needed: str) -> None:
+    """Raise CredentialError when the text is plainly a key of another kind, never repeating it.
+
+    Shapes that nobody knows pass, since gateways hand out keys of their own.
+    """
+    if not credential or not credential.isascii() or not credential.isprintable() or " " in credential:
+        raise CredentialError(f"the key is empty, or holds blanks or characters that no key has; needed is {needed}")
+    if credential.startswith(accepted):
+        return
+    for prefix, kind in KEY_KINDS.items():
+        if credential.startswith(prefix):
+            raise CredentialError(f"this is {kind}; needed is {needed}")
