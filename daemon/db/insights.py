@@ -1,0 +1,313 @@
+"""The reads that the command line, and later the web and the metrics, share: usage, spend, gaps, status, the laws.
+
+Without `as_of`, sums are taken over the current rows: the same as over the ledger (a law that `doctor` checks), but a
+row is one line there and one line per revision here, and it carries its dimensions with it. With `as_of` they are taken
+over the ledger's deltas that had been booked by then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from daemon.db.pool import Database, Record, query
+from daemon.domain.errors import UsageError
+from daemon.domain.record import Basis
+from daemon.domain.window import rfc3339
+
+_HORIZON = query("insights_horizon")
+_UNPRICED = query("insights_unpriced")
+_GAPS = query("insights_gaps")
+_TICKS = query("insights_ticks")
+_STATUS = query("insights_status")
+_SUMMARIES = query("insights_summaries")
+_LABELS = query("insights_stream_labels")
+
+_REPORT_TIMEOUT_S = 600.0
+STALE = timedelta(days=2)
+SKEW_S_MAX = 2.0
+
+# What a key means in SQL, over u (a row's dimensions), c (connection), t (tenant), s (stream).
+_KEYS: dict[str, str] = {
+    "tenant": "t.name",
+    "connection": "c.name",
+    "provider": "c.provider",
+    "source": "s.source",
+    "model": "coalesce(u.dims ->> 'model', u.detail ->> 'model')",
+    "day": "to_char(u.bucket_start at time zone 'UTC', 'YYYY-MM-DD')",
+    "hour": "to_char(u.bucket_start at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:00:00\"Z\"')",
+    "month": "to_char(u.bucket_start at time zone 'UTC', 'YYYY-MM')",
+    "project": "coalesce(u.dims ->> 'project_id', u.dims ->> 'workspace_id')",
+    "api_key": "u.dims ->> 'api_key_id'",
+    "user": "coalesce(u.dims ->> 'user_id', u.dims ->> 'actor')",
+    "service_tier": "u.dims ->> 'service_tier'",
+    "line_item": "coalesce(u.dims ->> 'line_item', u.dims ->> 'description')",
+}
+GROUP_KEYS = tuple(_KEYS)
+_DIM = re.compile(r"dim:([a-z][a-z0-9_]{0,62})")
+Line = TypeVar("Line")
+METRICS = ("input_tokens", "cache_read_tokens", "cache_write_tokens", "output_tokens", "requests")
+
+_CURRENT = """
+  select u.* from usage_row u where not u.is_tombstone
+    and ($1::timestamptz is null or u.bucket_start >= $1) and ($2::timestamptz is null or u.bucket_start < $2)
+    and $3::timestamptz is null
+"""
+# Rows that had vanished by then are left out, as they are above: they sum to nothing, and null must stay null.
+_AS_OF = """
+  select l.stream_id, l.bucket_start, r.dims, r.detail, r.currency, r.basis, l.input_tokens, l.cache_read_tokens,
+    l.cache_write_tokens, l.output_tokens, l.requests, l.amount
+  from (
+    select stream_id, bucket_start, row_key, sum(input_tokens) as input_tokens,
+      sum(cache_read_tokens) as cache_read_tokens, sum(cache_write_tokens) as cache_write_tokens,
+      sum(output_tokens) as output_tokens, sum(requests) as requests, sum(amount) as amount,
+      (array_agg(kind order by revision desc))[1] = 3 as is_gone
+    from ledger
+    where ($1::timestamptz is null or bucket_start >= $1) and ($2::timestamptz is null or bucket_start < $2)
+      and booked_at <= $3
+    group by 1, 2, 3
+  ) l join usage_row r using (stream_id, bucket_start, row_key)
+  where not l.is_gone
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageLine:
+    """`group` in the order that was asked for; a metric that no row reports is None."""
+
+    group: tuple[tuple[str, str | None], ...]
+    metrics: tuple[tuple[str, int | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SpendLine:
+    group: tuple[tuple[str, str | None], ...]
+    amount: Decimal
+    currency: str
+    basis: Basis
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to sum: buckets that start in [since, until), None meaning no bound.
+
+    Attributes:
+        group_by: of `GROUP_KEYS`, or `dim:<name>` for a provider's own dimension.
+        cost_sources: (provider, source) pairs that report money, not usage.
+        as_of: the answer as it was then; clamped to the oldest open flush.
+    """
+
+    since: datetime | None
+    until: datetime | None
+    group_by: Sequence[str]
+    cost_sources: Collection[tuple[str, str]]
+    as_of: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report(Generic[Line]):
+    """The lines, and the instant that was really answered for when `as_of` was asked: never past an open flush."""
+
+    lines: tuple[Line, ...]
+    as_of: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """`kind` is parked, paused, never_read, history (older buckets not reached yet) or stale."""
+
+    tenant: str
+    connection: str
+    provider: str
+    source: str | None
+    kind: str
+    from_at: datetime | None
+    to_at: datetime | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    slot_at: datetime
+    created_at: datetime
+    connections: int
+    batches: int
+    batches_done: int
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """`lag_s`: how long ago the connection that waits longest for its poll was last polled; None when none waits."""
+
+    now: datetime
+    tenants: int
+    connections: dict[str, int]
+    parked_sources: int
+    dead_letters: int
+    unpriced_rows: int
+    lag_s: float | None
+    due: int
+    replicas: int
+    ticks: tuple[Tick, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One verdict of `doctor`; `detail` says what was found, `fix` what to do about it."""
+
+    name: str
+    is_ok: bool
+    detail: str
+    fix: str = ""
+
+
+_LAWS: tuple[tuple[str, str, str], ...] = (
+    (
+        "ledger equals rows",
+        query("law_ledger_equals_rows"),
+        "report it with this output; `tallyd poll --full` re-reads",
+    ),
+    ("revisions contiguous", query("law_revisions_contiguous"), "report it with this output"),
+    ("bucket totals equal rows", query("law_bucket_totals"), "`tallyd poll --full` on the connection re-reads them"),
+    ("buckets within their grain", query("law_grain_epochs"), "`tallyd poll --full` on the connection re-reads them"),
+    (
+        "poll_seq ahead of every fence",
+        query("law_poll_seq"),
+        "select setval('poll_seq', <newest>) and look for a bad copy",
+    ),
+    ("jobs in one state each", query("law_jobs_conserved"), "report it with this output"),
+    ("partitions made ahead", query("law_partitions"), "start a replica: its maintenance makes them"),
+)
+
+
+class Insights:
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    async def usage(self, question: Question) -> Report[UsageLine]:
+        """Token and request sums, of the usage reports only."""
+        keys, expressions = _grouping(question.group_by)
+        as_of = await self._settled(question.as_of)
+        sums = ", ".join(f"sum(u.{metric})::bigint" for metric in METRICS)
+        lines = []
+        for row in await self._grouped(question, as_of, expressions, sums, where="not x.is_cost"):
+            values = tuple(row.values())
+            group, metrics = values[: len(keys)], values[len(keys) :]
+            lines.append(UsageLine(tuple(zip(keys, group, strict=True)), tuple(zip(METRICS, metrics, strict=True))))
+        return Report(tuple(lines), as_of)
+
+    async def spend(self, question: Question) -> Report[SpendLine]:
+        """Money, split by currency and basis: as the cost reports say, and as we price the usage reports.
+
+        Unpriced rows have no amount and are not in here: see `unpriced`.
+        """
+        keys, expressions = _grouping(question.group_by)
+        as_of = await self._settled(question.as_of)
+        where = "u.amount is not null and u.basis = case when x.is_cost then 'provider' else 'local' end"
+        expressions = [*expressions, "u.currency", "u.basis"]
+        lines = []
+        for row in await self._grouped(question, as_of, expressions, "trim_scale(sum(u.amount))", where=where):
+            *group, currency, basis, amount = row.values()
+            lines.append(SpendLine(tuple(zip(keys, group, strict=True)), amount, currency, basis))
+        return Report(tuple(lines), as_of)
+
+    async def _grouped(
+        self, question: Question, as_of: datetime | None, expressions: Sequence[str], sums: str, *, where: str
+    ) -> list[Record]:
+        # Only texts of this module get into the statement; a dimension's name has passed its pattern.
+        columns = "".join(f"{expression} as k{i}, " for i, expression in enumerate(expressions))
+        places = ", ".join(str(i + 1) for i in range(len(expressions)))
+        sql = (
+            f"with u as ({_CURRENT if as_of is None else _AS_OF})\n"  # noqa: S608
+            f"select {columns}{sums}\n"
+            "from u join stream s on s.id = u.stream_id join connection c on c.id = s.connection_id\n"
+            "join tenant t on t.id = c.tenant_id\n"
+            "cross join lateral (select exists (select from unnest($4::text[], $5::text[]) as x(provider, source)"
+            " where x.provider = c.provider and x.source = s.source) as is_cost) x\n"
+            f"where {where}\n" + (f"group by {places} order by {places}" if places else "having count(*) > 0")
+        )
+        providers = [provider for provider, _ in question.cost_sources]
+        sources = [source for _, source in question.cost_sources]
+        return await self._db.fetch(
+            sql, question.since, question.until, as_of, providers, sources, timeout_s=_REPORT_TIMEOUT_S
+        )
+
+    async def _settled(self, as_of: datetime | None) -> datetime | None:
+        if as_of is None:
+            return None
+        horizon: datetime = await self._db.fetchval(_HORIZON)
+        # Strictly before the horizon: a flush that began at that very instant may still be open.
+        return min(as_of, horizon - timedelta(microseconds=1))
+
+    async def unpriced(self, *, since: datetime | None, until: datetime | None) -> list[tuple[str | None, int]]:
+        """(model, rows) without a known price, most rows first."""
+        return [(row["model"], row["rows"]) for row in await self._db.fetch(_UNPRICED, since, until)]
+
+    async def gaps(self, *, tenant: str | None = None, stale: timedelta = STALE) -> list[Gap]:
+        """What the ledger does not hold though it should: by tenant, connection and source."""
+        return [Gap(**row) for row in await self._db.fetch(_GAPS, tenant, stale)]
+
+    async def status(self, *, ticks: int = 5) -> Status:
+        row = await self._db.fetchrow(_STATUS)
+        assert row is not None  # a select without `from` has one row
+        last = tuple(Tick(**tick) for tick in await self._db.fetch(_TICKS, ticks))
+        states = msgspec.json.decode(row["connections"], type=dict[str, int])
+        return Status(**{**row, "connections": states}, ticks=last)
+
+    async def summaries(self, *, last: int = 20) -> list[dict[str, Any]]:
+        """The newest batch summaries."""
+        return [dict(row) for row in await self._db.fetch(_SUMMARIES, last)]
+
+    async def laws(self) -> list[Check]:
+        """Every law that SQL can check, each in one statement."""
+        checks = []
+        for name, sql, fix in _LAWS:
+            rows = await self._db.fetch(sql, timeout_s=_REPORT_TIMEOUT_S)
+            checks.append(Check(name, not rows, await self._described(rows) if rows else "holds", fix if rows else ""))
+        return checks
+
+    async def clock_skew(self) -> Check:
+        """The middle of the round trip against the database's clock. Only logs and deadlines depend on it."""
+        before = datetime.now(UTC)
+        there: datetime = await self._db.fetchval("select clock_timestamp()")
+        skew_s = abs((there - (before + (datetime.now(UTC) - before) / 2)).total_seconds())
+        is_ok = skew_s <= SKEW_S_MAX
+        return Check("clock", is_ok, f"{skew_s:.3f} s from the database's", "" if is_ok else "set the clock by NTP")
+
+    async def _described(self, rows: Sequence[Record]) -> str:
+        ids = [row["stream_id"] for row in rows if row.get("stream_id") is not None]
+        labels = {row["id"]: row["label"] for row in await self._db.fetch(_LABELS, ids)} if ids else {}
+        shown = []
+        for row in rows[:5]:
+            values = dict(row)
+            stream_id = values.pop("stream_id", None)
+            where = "" if stream_id is None else f"{labels.get(stream_id, f'stream {stream_id}')}: "
+            shown.append(where + ", ".join(f"{key} {_plain(value)}" for key, value in values.items()))
+        return "; ".join(shown) + (f"; and {len(rows) - 5} more" if len(rows) > 5 else "")
+
+
+def _grouping(group_by: Sequence[str]) -> tuple[list[str], list[str]]:
+    keys: list[str] = []
+    expressions: list[str] = []
+    for key in group_by:
+        dim = _DIM.fullmatch(key)
+        if key in keys:
+            raise UsageError("--group-by", f"{key} is there twice", "name each key once")
+        if dim is None and key not in _KEYS:
+            raise UsageError("--group-by", f"unknown key {key!r}", f"use {', '.join(_KEYS)} or dim:<name>")
+        keys.append(key)
+        expressions.append(_KEYS[key] if dim is None else f"u.dims ->> '{dim[1]}'")
+    return keys, expressions
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, datetime):
+        return rfc3339(value)
+    return format(value, "f") if isinstance(value, Decimal) else str(value)
