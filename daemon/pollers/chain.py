@@ -6,10 +6,12 @@ SchemaDriftError, because a part that passes for the whole would wipe out what w
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Context, Decimal, InvalidOperation
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -21,6 +23,9 @@ from daemon.domain.window import Width, Window, rfc3339
 Fields = dict[str, Any]
 """A row as it was sent: integers as int, every other number as Decimal."""
 
+Instant = Annotated[datetime, msgspec.Meta(tz=True)]
+"""A time that says its zone."""
+
 T = TypeVar("T")
 INT_MAX = 2**63 - 1
 DIGITS_MAX = 100
@@ -31,17 +36,13 @@ _encode_detail = msgspec.json.Encoder(order="sorted", decimal_format="number").e
 _decode_detail = msgspec.json.Decoder(Fields, float_hook=Decimal).decode
 
 
-class Page(Protocol):
-    """The paging part of an envelope."""
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page, read: its buckets in the order sent, with their rows."""
 
+    buckets: Sequence[tuple[datetime, tuple[Row, ...]]]
     has_more: bool
     next_page: str | None
-
-    @property
-    def is_empty(self) -> bool: ...
-
-
-PageT = TypeVar("PageT", bound=Page)
 
 
 def decode(decoder: msgspec.json.Decoder[T], answer: Answer, what: str) -> T:
@@ -55,20 +56,26 @@ def decode(decoder: msgspec.json.Decoder[T], answer: Answer, what: str) -> T:
         raise SchemaDriftError(f"{what}: the answer is not JSON ({kind})", answer.body) from error
 
 
-async def read_pages(
-    ask: Callable[[str | None], Awaitable[PageT]],
-    *,
-    pages_max: int,
-    is_past: Callable[[PageT], bool] = lambda _page: False,
-) -> list[PageT]:
+@contextmanager
+def reading(answer: Answer, what: str) -> Iterator[None]:
+    """Name the source in a SchemaDriftError from inside, and give it the body where it has no closer excerpt."""
+    try:
+        yield
+    except SchemaDriftError as error:
+        raise SchemaDriftError(f"{what}: {error}", error.body or answer.body) from error
+    except OverflowError as error:
+        raise SchemaDriftError(f"{what}: a time is beyond reason", answer.body) from error
+
+
+async def read_pages(ask: Callable[[str | None], Awaitable[Page]], *, end: datetime, pages_max: int) -> list[Page]:
     """Follow the cursors of one question to its end.
 
     Args:
         ask: reads the page at a cursor; the first has none.
+        end: a page that goes beyond it is the last one needed.
         pages_max: a chain without an end by then is broken, not done.
-        is_past: the page goes beyond what was asked for, so that the rest need not be read.
     """
-    pages: list[PageT] = []
+    pages: list[Page] = []
     seen: set[str] = set()
     cursor: str | None = None
     while len(pages) < pages_max:
@@ -80,7 +87,7 @@ async def read_pages(
         if not cursor:
             raise SchemaDriftError("the page says that there are more, and gives no cursor")
         # Costs have been seen to hand out cursors for ever after the last bucket; an empty page is the end.
-        if page.is_empty or is_past(page):
+        if not page.buckets or page.buckets[-1][0] >= end:
             return pages
         if cursor in seen:
             raise SchemaDriftError("a page's cursor leads back to a page that was read")
@@ -94,18 +101,15 @@ def check_grid(start: datetime, end: datetime, width: Width) -> None:
         raise SchemaDriftError(f"bucket {rfc3339(start)} to {rfc3339(end)} is not on the {width.value} grid")
 
 
-def in_order(
-    buckets: Iterable[tuple[datetime, tuple[Row, ...]]], window: Window, width: Width, *, is_contiguous: bool
-) -> tuple[BucketRead, ...]:
+def in_order(pages: Sequence[Page], window: Window, width: Width, *, is_contiguous: bool) -> tuple[BucketRead, ...]:
     """The buckets of a chain that lie in `window`, once their order is proven.
 
     Args:
-        buckets: start and rows, in the order of the chain.
         is_contiguous: the provider sends empty buckets too, so that a hole means a lost page.
     """
     taken: list[BucketRead] = []
     last: datetime | None = None
-    for start, rows in buckets:
+    for start, rows in (bucket for page in pages for bucket in page.buckets):
         if last is not None and (start <= last or (is_contiguous and start - last != width.delta)):
             raise SchemaDriftError(f"bucket {rfc3339(start)} follows {rfc3339(last)}: repeated, out of order or a hole")
         last = start
@@ -176,11 +180,9 @@ def _dim(name: str, value: object) -> str | None:
 
 
 def encode_detail(row: Mapping[str, object]) -> bytes:
-    """What is left of a row, as canonical JSON. Null means the same as absent, and is left out."""
-    for value in row.values():
-        if value is None:
-            return _encode_detail({name: value for name, value in row.items() if value is not None})
-    return _encode_detail(row) if row else b"{}"
+    """What is left of a row, as canonical JSON. Null and zero say no more than absence, and are left out."""
+    rest = {name: value for name, value in row.items() if value is not None and (value or type(value) is not int)}
+    return _encode_detail(rest) if rest else b"{}"
 
 
 # ── Rows with equal dimensions ──────────────────────────────────────────────────────────────────
@@ -227,16 +229,14 @@ def _sum_details(a: bytes, b: bytes) -> bytes:
     sums = _decode_detail(a)
     for name, value in _decode_detail(b).items():
         mine = sums.get(name)
-        if _is_number(mine) and _is_number(value):
-            sums[name] = EXACT.add(Decimal(mine), Decimal(value)) if type(mine) is not type(value) else mine + value
+        if type(mine) is int and type(value) is int:
+            sums[name] = mine + value
+        elif isinstance(mine, int | Decimal) and isinstance(value, int | Decimal):
+            sums[name] = EXACT.add(Decimal(mine), Decimal(value))
         elif mine is None or _encode_detail(value) < _encode_detail(mine):
             # The lesser of two texts: an order of rows that changes between polls must not look like a restatement.
             sums[name] = value
     return _encode_detail(sums)
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, Decimal)
 
 
 def _sum_ratings(a: Rating | None, b: Rating | None) -> Rating | None:

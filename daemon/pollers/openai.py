@@ -22,6 +22,7 @@ from daemon.domain.record import Dims, Grain, Rating, Row, Snapshot, Totals, tot
 from daemon.domain.window import Width, Window, from_epoch, to_epoch
 from daemon.pollers.chain import (
     Fields,
+    Page,
     check_grid,
     check_group_by,
     check_key_kind,
@@ -33,6 +34,7 @@ from daemon.pollers.chain import (
     money,
     need_count,
     read_pages,
+    reading,
     take_count,
     take_dims,
 )
@@ -69,22 +71,25 @@ class _Bucket(msgspec.Struct):
     end_time: int
     results: list[Fields] | None = None
     result: list[Fields] | None = None
+    """Some published schemas and clients write it so; the wire has been seen with `results`."""
 
-    def rows(self) -> list[Fields]:
+    def read(
+        self, read: Callable[[Fields, Dims], Row], width: Width, group_by: tuple[str, ...]
+    ) -> tuple[datetime, tuple[Row, ...]]:
+        start = from_epoch(self.start_time)
+        check_grid(start, from_epoch(self.end_time), width)
         rows = self.results if self.results is not None else self.result
         if rows is None:
             raise SchemaDriftError("a bucket has neither results nor result")
-        return rows
+        for row in rows:
+            row.pop("object", None)  # names the endpoint, which the source does already
+        return start, merge_rows([read(row, take_dims(row, group_by)) for row in rows])
 
 
 class _Page(msgspec.Struct):
     data: list[_Bucket]
     has_more: bool
     next_page: str | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.data
 
 
 class _Projects(msgspec.Struct):
@@ -295,35 +300,16 @@ class OpenAIPoller:
                 f"costs by api_key_id begin on {COSTS_KEY_FLOOR:%Y-%m-%d}; settings.group_by.costs without it reads more",
             )
         pages = await self._read(target, source, grain, window, call)
-        read = _REPORTS[source].read
-        buckets = (
-            (
-                from_epoch(bucket.start_time),
-                merge_rows([read(row, take_dims(row, grain.group_by)) for row in bucket.rows()]),
-            )
-            for page in pages
-            for bucket in page.data
-        )
-        return Snapshot(grain, window, in_order(buckets, window, grain.width, is_contiguous=True), len(pages))
+        return Snapshot(grain, window, in_order(pages, window, grain.width, is_contiguous=True), len(pages))
 
     async def totals(
         self, target: Target, source: str, grain: Grain, window: Window, call: Caller
     ) -> Mapping[datetime, Totals]:
-        cut = Grain(grain.api, grain.width, ())
-        pages = await self._read(target, source, cut, window, call)
-        read = _REPORTS[source].read
-        buckets = (
-            (from_epoch(bucket.start_time), tuple([read(row, ()) for row in bucket.rows()]))
-            for page in pages
-            for bucket in page.data
-        )
-        return {
-            bucket.start: totals_of(bucket.rows)
-            for bucket in in_order(buckets, window, cut.width, is_contiguous=True)
-            if bucket.rows
-        }
+        pages = await self._read(target, source, Grain(grain.api, grain.width, ()), window, call)
+        buckets = in_order(pages, window, grain.width, is_contiguous=True)
+        return {bucket.start: totals_of(bucket.rows) for bucket in buckets if bucket.rows}
 
-    async def _read(self, target: Target, source: str, grain: Grain, window: Window, call: Caller) -> list[_Page]:
+    async def _read(self, target: Target, source: str, grain: Grain, window: Window, call: Caller) -> list[Page]:
         width = grain.width
         count = window.count(width)
         limit = min(count, self.sources[source].chain_buckets)
@@ -335,21 +321,18 @@ class OpenAIPoller:
         query.extend(("group_by", name) for name in grain.group_by)
         query.append(("limit", str(limit)))
         headers = _headers(target)
-        end = to_epoch(window.end)
+        read = _REPORTS[source].read
 
-        async def ask(cursor: str | None) -> _Page:
+        async def ask(cursor: str | None) -> Page:
             answer = await call.get(path, query if cursor is None else [*query, ("page", cursor)], headers)
             page = decode(_page_decoder, answer, source)
-            for bucket in page.data:
-                try:
-                    check_grid(from_epoch(bucket.start_time), from_epoch(bucket.end_time), width)
-                except OverflowError as error:
-                    raise SchemaDriftError("a bucket's time is beyond reason", answer.body) from error
-            return page
+            with reading(answer, source):
+                buckets = [bucket.read(read, width, grain.group_by) for bucket in page.data]
+            return Page(buckets, page.has_more, page.next_page)
 
         try:
             # One bucket a page is the smallest a chain can be cut; the two are an empty page and one past the end.
-            return await read_pages(ask, pages_max=count + 2, is_past=lambda page: page.data[-1].start_time >= end)
+            return await read_pages(ask, end=window.end, pages_max=count + 2)
         except BadRequestError as error:
             if error.code == "reporting_lookback_exceeded":
                 raise self._floor(window, width, error) from error
