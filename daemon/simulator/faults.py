@@ -1,0 +1,253 @@
+"""Answers that break: queued for a request that matches, or at random from a seed."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from email.utils import formatdate
+
+import msgspec
+
+from daemon.simulator import anthropic, openai
+from daemon.simulator.catalogue import Provider
+from daemon.simulator.traffic import HOUR
+from daemon.simulator.wire import Breakage, Page, RefusedError, Reply, Request
+
+ALL_TRANSIENT = ("429", "500", "502", "503", "timeout", "truncated_body", "slow_drip", "reset_after_headers")
+_STATUSES = {
+    "401": ("authentication_error", "invalid_api_key", "The key was revoked."),
+    "403": ("permission_error", "missing_scope", "You have insufficient permissions for this operation."),
+    "408": ("timeout_error", None, "Request timed out."),
+    "429": ("rate_limit_error", "rate_limit_exceeded", "Rate limit reached."),
+    "500": ("api_error", "server_error", "The server had an error while processing your request."),
+    "503": ("api_error", "service_unavailable", "The service is temporarily unavailable."),
+    "529": ("overloaded_error", "overloaded", "Overloaded"),
+}
+
+
+class Fault(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """One kind of fault for the next `count` answers that match, after `skip` of them went unharmed.
+
+    Attributes:
+        retry_after: how a 429, 503 or 529 says when to come back: "seconds", "date", "ms" or "none".
+        hold_s: of "timeout".  drip_s: of "slow_drip".  skew_s: of "skewed_date".
+        rows: of "drop_rows": how many rows the answer lacks, newest bucket first; 0 empties that bucket.
+        requests: of "grow_between_pages".
+    """
+
+    kind: str
+    count: int = 1
+    skip: int = 0
+    provider: Provider | None = None
+    key: str | None = None
+    path_contains: str = ""
+    query_contains: str = ""
+    retry_after: str = "seconds"
+    retry_after_s: float = 1
+    hold_s: float = 30
+    drip_s: float = 0.02
+    skew_s: int = 86400
+    rows: int = 0
+    requests: int = 10
+
+
+class RandomFaults(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A share of all answers breaks. `kinds` is a list, or "all-transient"."""
+
+    rate: float
+    kinds: list[str] | str = "all-transient"
+    seed: int = 7
+    retry_after: str = "seconds"
+    retry_after_s: float = 1
+    hold_s: float = 1
+    drip_s: float = 0.02
+
+
+class Faults:
+    """The faults to come, and a count of those served."""
+
+    def __init__(self) -> None:
+        self.queued: list[Fault] = []
+        self.served: Counter[str] = Counter()
+        self._random: RandomFaults | None = None
+        self._rng = random.Random(0)  # noqa: S311  # seeded on purpose
+
+    def queue(self, fault: Fault) -> None:
+        if fault.kind not in KINDS:
+            raise ValueError(f"no such fault: {fault.kind}; there are {', '.join(sorted(KINDS))}")
+        self.queued.append(fault)
+
+    def set_random(self, faults: RandomFaults) -> None:
+        kinds = list(ALL_TRANSIENT) if faults.kinds == "all-transient" else faults.kinds
+        if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
+            raise ValueError(f'kinds: "all-transient" or a list of {", ".join(sorted(KINDS))}')
+        faults.kinds = kinds
+        self._random = faults
+        self._rng = random.Random(faults.seed)  # noqa: S311  # seeded on purpose
+
+    def clear(self) -> None:
+        self.queued.clear()
+        self._random = None
+
+    def harm(self, provider: Provider, key: str, request: Request, reply: Reply, now: int) -> None:
+        """Break `reply` when its turn has come. Only good answers are broken."""
+        if reply.status != 200:
+            return
+        fault = self._next(provider, key, request, reply)
+        if fault is not None:
+            self.served[fault.kind] += 1
+            KINDS[fault.kind](fault, provider, request, reply, now)
+
+    def _next(self, provider: Provider, key: str, request: Request, reply: Reply) -> Fault | None:
+        for fault in self.queued:
+            if (
+                (fault.provider is None or fault.provider == provider)
+                and (fault.key is None or fault.key == key)
+                and fault.path_contains in request.path
+                and fault.query_contains in request.query
+                and _applies(fault, reply)
+            ):
+                if fault.skip > 0:
+                    fault.skip -= 1
+                    continue
+                fault.count -= 1
+                if fault.count <= 0:
+                    self.queued.remove(fault)
+                return fault
+        chance = self._random
+        if chance is None or self._rng.random() >= chance.rate:
+            return None
+        kinds = [kind for kind in chance.kinds if kind != "529" or provider == "anthropic"]
+        fault = Fault(
+            kind=kinds[int(self._rng.random() * len(kinds))],
+            retry_after=chance.retry_after,
+            retry_after_s=chance.retry_after_s,
+            hold_s=chance.hold_s,
+            drip_s=chance.drip_s,
+        )
+        return fault if _applies(fault, reply) else None
+
+
+_Harm = Callable[[Fault, Provider, Request, Reply, int], None]
+
+
+def _applies(fault: Fault, reply: Reply) -> bool:
+    """A fault of paging waits for a page that it can bend."""
+    page = reply.page
+    match fault.kind:
+        case "truncated_chain" | "grow_between_pages":
+            return page is not None and bool(page.body["has_more"])
+        case "empty_past_end":
+            return page is not None and not page.body["has_more"]
+        case "repeat_cursor" | "has_more_without_cursor":
+            return page is not None
+        case "result_field":
+            return page is not None and any("results" in bucket for bucket in page.body["data"])
+        case "drop_rows":
+            return page is not None and any(bucket.get("results", True) for bucket in page.body["data"])
+        case _:
+            return True
+
+
+def _refuse(fault: Fault, provider: Provider, request: Request, reply: Reply, now: int) -> None:
+    kind, code, message = _STATUSES[fault.kind]
+    status = int(fault.kind)
+    request_id = dict(reply.headers).get("request-id", "")
+    if provider == "openai":
+        types = {429: "requests", 401: "invalid_request_error", 403: "invalid_request_error"}
+        refused = RefusedError(status, types.get(status, "server_error"), message, code=code)
+        reply.body = openai.error_body(refused)
+    else:
+        reply.body = anthropic.error_body(RefusedError(status, kind, message), request_id)
+    reply.status, reply.page = status, None
+    if status in {429, 503, 529}:
+        match fault.retry_after:
+            case "seconds":
+                reply.headers.append(("retry-after", format(fault.retry_after_s, "g")))
+            case "date":
+                reply.headers.append(("retry-after", formatdate(now + fault.retry_after_s, usegmt=True)))
+            case "ms":
+                reply.headers.append(("retry-after-ms", str(int(fault.retry_after_s * 1000))))
+            case _:
+                pass
+
+
+def _html(fault: Fault, provider: Provider, request: Request, reply: Reply, now: int) -> None:
+    reply.status, reply.page, reply.content_type = 502, None, "text/html"
+    reply.body = b"<html><head><title>502 Bad Gateway</title></head><body><center><h1>502</h1></center></body></html>"
+
+
+def _not_json(fault: Fault, provider: Provider, request: Request, reply: Reply, now: int) -> None:
+    reply.page, reply.content_type = None, "text/html"
+    reply.body = b"<!doctype html><title>Maintenance</title>"
+
+
+def _breaking(make: Callable[[Fault], Breakage]) -> _Harm:
+    def harm(fault: Fault, provider: Provider, request: Request, reply: Reply, now: int) -> None:
+        reply.breakage = make(fault)
+
+    return harm
+
+
+def _bending(bend: Callable[[Fault, Page], None]) -> _Harm:
+    def harm(fault: Fault, provider: Provider, request: Request, reply: Reply, now: int) -> None:
+        assert reply.page is not None
+        bend(fault, reply.page)
+
+    return harm
+
+
+def _repeat_cursor(fault: Fault, page: Page) -> None:
+    page.body["has_more"], page.body["next_page"] = True, page.cursor(page.position)
+
+
+def _without_cursor(fault: Fault, page: Page) -> None:
+    page.body["has_more"], page.body["next_page"] = True, None
+
+
+def _empty_past_end(fault: Fault, page: Page) -> None:
+    """The last page names a next one, and so does each empty page after it."""
+    page.body["has_more"], page.body["next_page"] = True, page.cursor(page.end + HOUR)
+
+
+def _truncated_chain(fault: Fault, page: Page) -> None:
+    page.body["has_more"], page.body["next_page"] = False, None
+
+
+def _grow(fault: Fault, page: Page) -> None:
+    now = page.org.clock.now()
+    page.org.grow(fault.requests, now - now % HOUR, now + 1)
+
+
+def _drop_rows(fault: Fault, page: Page) -> None:
+    data = page.body["data"]
+    if data and "results" not in data[0]:
+        del data[len(data) - fault.rows if fault.rows else 0 :]
+        return
+    bucket = next(bucket for bucket in reversed(data) if bucket["results"])
+    bucket["results"] = bucket["results"][: -fault.rows] if fault.rows else []
+
+
+def _result_field(fault: Fault, page: Page) -> None:
+    for bucket in page.body["data"]:
+        bucket["result"] = bucket.pop("results")
+
+
+KINDS: dict[str, _Harm] = {
+    **dict.fromkeys(_STATUSES, _refuse),
+    "502": _html,
+    "not_json": _not_json,
+    "timeout": _breaking(lambda fault: Breakage(hold_s=fault.hold_s)),
+    "truncated_body": _breaking(lambda fault: Breakage(cut=True)),
+    "reset_after_headers": _breaking(lambda fault: Breakage(reset=True)),
+    "slow_drip": _breaking(lambda fault: Breakage(drip_s=fault.drip_s)),
+    "skewed_date": _breaking(lambda fault: Breakage(skew_s=fault.skew_s)),
+    "repeat_cursor": _bending(_repeat_cursor),
+    "has_more_without_cursor": _bending(_without_cursor),
+    "empty_past_end": _bending(_empty_past_end),
+    "truncated_chain": _bending(_truncated_chain),
+    "grow_between_pages": _bending(_grow),
+    "drop_rows": _bending(_drop_rows),
+    "result_field": _bending(_result_field),
+}
