@@ -7,7 +7,7 @@ transaction are used, so PgBouncer in transaction mode may stand between (with `
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from functools import cache
@@ -81,6 +81,7 @@ class Session:
     def __init__(self, connection: _Anyone, timeout_s: float = STATEMENT_TIMEOUT_S) -> None:
         self._connection = connection
         self._timeout_s = timeout_s
+        self._then: list[Callable[[], None]] = []
 
     async def fetch(self, sql: str, *args: object, timeout_s: float | None = None) -> list[Record]:
         with translating():
@@ -102,6 +103,14 @@ class Session:
     async def executemany(self, sql: str, args: Iterable[Sequence[object]], *, timeout_s: float | None = None) -> None:
         with translating():
             await self._connection.executemany(sql, args, timeout=timeout_s or self._timeout_s)
+
+    def on_commit(self, then: Callable[[], None]) -> None:
+        """Call `then` once the transaction is committed, and never if it is not."""
+        self._then.append(then)
+
+    def committed(self) -> None:
+        for then in self._then:
+            then()
 
 
 class Subscription:
@@ -216,7 +225,8 @@ class Database:
             try:
                 with translating():
                     await connection.execute(begin, timeout=timeout_s)
-                yield Session(connection, timeout_s)
+                session = Session(connection, timeout_s)
+                yield session
                 with translating():
                     tag = await connection.execute("commit", timeout=timeout_s)
                 if tag != "COMMIT":  # an error was caught inside the block, and Postgres rolled back instead
@@ -224,6 +234,7 @@ class Database:
             except BaseException:
                 await _roll_back(connection)
                 raise
+        session.committed()
 
     @asynccontextmanager
     async def dedicated(self) -> AsyncIterator[Session]:

@@ -1,0 +1,405 @@
+"""The durable queue on Postgres: rules and reasons in docs/explanation/queue.md, statements in `db/sql/queue.sql`.
+
+A job is one row in exactly one of `ready`, `due`, `lease` and `dead`, its body apart in `job`. Moving it is one
+statement, and every write about a running job matches `(id, token)`: what comes back was accepted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import assert_never
+
+from daemon.db.pool import Database, Executor, Record, Session, query
+from daemon.domain.errors import LeaseLostError, UsageError
+from daemon.domain.job import (
+    Cancelled,
+    Completed,
+    Discarded,
+    Job,
+    JobId,
+    NewJob,
+    Outcome,
+    Retryable,
+    Settlement,
+    Snoozed,
+    WorkerId,
+)
+from daemon.queue.wake import Waker
+
+BODY_BYTES_MAX = 1 << 20
+NOTE_BYTES_MAX = 2_000
+LEASE_GRACE_S = 15.0
+BACKOFF_BASE_S = 5.0
+BACKOFF_MAX_S = 3600.0
+STALE_S = 15.0
+LOSSES_MAX = 5
+PROMOTE_MAX = 2_000
+RESCUE_MAX = 500
+FIRST_KEY = -1
+"""The cursor before every key: keys are never negative."""
+
+_RESERVE = query("queue_reserve")
+_ENQUEUE = query("queue_enqueue")
+_ENQUEUE_LEASED = query("queue_enqueue_leased")
+_DEDUP_TAKE = query("dedup_take")
+_DEDUP_LOCK = query("dedup_lock")
+_DEDUP_REPLACE = query("dedup_replace")
+_UNCLAIMED_DUE = query("dedup_unclaimed_due")
+_UNCLAIMED_READY = query("dedup_unclaimed_ready")
+_CLAIM = query("claim_fair")
+_SETTLE = query("settle")
+_LOCK_LEASE = query("lock_lease")
+_RELEASE = query("release")
+_RELEASE_OTHERS = query("release_others")
+_BRING_FORWARD = query("bring_forward")
+_CANCEL = query("cancel")
+_PROMOTE = query("promote")
+_RESCUE = query("rescue")
+_REGISTER = query("register_worker")
+_HEARTBEAT = query("heartbeat")
+_STOP_WORKER = query("stop_worker")
+_PARTITIONS = query("attempt_partitions")
+
+Beat = Callable[[], Awaitable[bool]]
+"""Tell the others that this worker lives. False when its row is gone or stopped: it needs a new id."""
+
+
+class Ending(IntEnum):
+    """How an attempt ended, as `attempt.outcome` stores it."""
+
+    DONE = 1
+    RETRY = 2
+    SNOOZE = 3
+    DEAD = 4
+    CANCELLED = 5
+    RELEASED = 8
+    WORKER_LOST = 9
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimResult:
+    """`last_key` is the cursor for the next claim."""
+
+    jobs: list[Job]
+    last_key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """How many jobs became ready, and in how many seconds the next one is due, if any waits."""
+
+    moved: int
+    next_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """Jobs taken back from lost workers: to run again, and dead after too many losses."""
+
+    ready: list[JobId]
+    dead: list[JobId]
+
+
+class PostgresQueue:
+    """Safe to share between tasks. Everything raises StorageUnavailableError when Postgres is away."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self.waker = Waker(db)
+
+    # Enqueue
+
+    async def enqueue(self, jobs: Sequence[NewJob], tx: Session | None = None) -> list[JobId]:
+        """Store jobs, in the caller's transaction when there is one; ids in the order given.
+
+        A duplicate is not stored, and the id of the first is returned in its place.
+
+        Raises:
+            UsageError: a body is larger than 1 MiB, or a key negative.
+            DataRejectedError: Postgres cannot hold what a job says.
+        """
+        _check(jobs)
+        if not jobs:
+            return []
+        if tx is None:
+            if any(job.dedup_id is not None for job in jobs):
+                async with self._db.transaction() as own:
+                    return await self.enqueue(jobs, own)
+            ids = await _insert(self._db, jobs, [None] * len(jobs))
+            self.waker.wake()
+            return ids
+        tx.on_commit(self.waker.wake)
+        if all(job.dedup_id is None for job in jobs):
+            return await _insert(tx, jobs, [None] * len(jobs))
+        owners = await _deduplicated(tx, jobs)
+        fresh = [index for index, (_, is_new) in enumerate(owners) if is_new]
+        await _insert(tx, [jobs[i] for i in fresh], [owners[i][0] for i in fresh])
+        return [owner for owner, _ in owners]
+
+    async def enqueue_leased(self, jobs: Sequence[NewJob], worker: WorkerId, tx: Session | None = None) -> list[Job]:
+        """Store jobs as already claimed by `worker`, for a command that runs them itself. No delay, no dedup."""
+        _check(jobs)
+        if any(job.dedup_id is not None or job.delay for job in jobs):
+            raise UsageError("job", "a leased job has neither a delay nor a dedup_id")
+        if not jobs:
+            return []
+        arguments = _columns(jobs, [None] * len(jobs))[:7]
+        rows = await (tx or self._db).fetch(_ENQUEUE_LEASED, *arguments, worker, LEASE_GRACE_S)
+        return [_job(row) for row in rows]
+
+    # Claim and settle
+
+    async def claim(self, worker: WorkerId, limit: int, after_key: int = FIRST_KEY) -> ClaimResult:
+        """Take up to `limit` jobs for `worker`, an equal share from each key after the cursor; then round again.
+
+        A short answer is not the end: claim again until it is empty. The lease runs for the job's time-out + 15 s.
+        """
+        rows = await self._db.fetch(_CLAIM, after_key, limit, worker, LEASE_GRACE_S)
+        if not rows and after_key != FIRST_KEY:
+            rows = await self._db.fetch(_CLAIM, FIRST_KEY, limit, worker, LEASE_GRACE_S)
+        if not rows:
+            return ClaimResult([], FIRST_KEY)
+        is_at_end = rows[0]["keys"] < limit
+        return ClaimResult([_job(row) for row in rows], FIRST_KEY if is_at_end else rows[0]["last_key"])
+
+    async def settle(self, settlements: Iterable[Settlement]) -> set[JobId]:
+        """Write how jobs ended. Returns those whose lease was still ours; of the others nothing was written."""
+        return await _settle(self._db, settlements)
+
+    async def settle_in(self, tx: Session, settlement: Settlement) -> None:
+        """Settle one job together with its data.
+
+        Raises:
+            LeaseLostError: somebody else owns the job; roll back.
+        """
+        if not await _settle(tx, [settlement]):
+            raise LeaseLostError(f"job {settlement.job.id}: token {settlement.job.token} is stale")
+
+    async def lock_lease(self, tx: Session, job: Job) -> None:
+        """Hold the lease until the transaction ends: the first statement of every flush.
+
+        Raises:
+            LeaseLostError: somebody else owns the job; roll back.
+        """
+        if await tx.fetchval(_LOCK_LEASE, job.id, job.token) is None:
+            raise LeaseLostError(f"job {job.id}: token {job.token} is stale")
+
+    async def release(self, jobs: Iterable[Job]) -> set[JobId]:
+        """Give claimed jobs back, to run at once elsewhere; no attempt is spent."""
+        held = sorted(jobs, key=lambda job: job.id)
+        if not held:
+            return set()
+        freed = _ids(await self._db.fetch(_RELEASE, [job.id for job in held], [job.token for job in held]))
+        if freed:
+            self.waker.wake()
+        return freed
+
+    async def release_others(self, worker: WorkerId, known: Iterable[JobId]) -> set[JobId]:
+        """Give back what `worker` holds without knowing it: the answer to its claim was lost."""
+        freed = _ids(await self._db.fetch(_RELEASE_OTHERS, worker, list(known)))
+        if freed:
+            self.waker.wake()
+        return freed
+
+    # Moves on request
+
+    async def bring_forward(self, jobs: Iterable[JobId], tx: Session | None = None) -> set[JobId]:
+        """Make waiting jobs ready now. Returns those that were waiting."""
+        moved = _ids(await (tx or self._db).fetch(_BRING_FORWARD, sorted(jobs)))
+        if tx is not None:
+            tx.on_commit(self.waker.wake)
+        elif moved:
+            self.waker.wake()
+        return moved
+
+    async def cancel(self, jobs: Iterable[JobId], reason: str = "", tx: Session | None = None) -> set[JobId]:
+        """Remove jobs for good; what a running one still writes is refused. Returns those that were there."""
+        return _ids(await (tx or self._db).fetch(_CANCEL, sorted(jobs), _cut(reason)))
+
+    # Workers
+
+    async def register_worker(self, info: str = "") -> WorkerId:
+        """A new id for this run of the process; also makes sure that attempts can be logged."""
+        await self._db.execute(_PARTITIONS)
+        return WorkerId(await self._db.fetchval(_REGISTER, _cut(info)))
+
+    async def heartbeat(self, worker: WorkerId) -> bool:
+        """One beat over the pool, for commands; a loop uses `heart`."""
+        return await self._db.fetchval(_HEARTBEAT, worker) is not None
+
+    @asynccontextmanager
+    async def heart(self, worker: WorkerId) -> AsyncIterator[Beat]:
+        """Beats over a connection of their own, so that a starved pool does not look like a lost worker."""
+        async with self._db.dedicated() as session:
+
+            async def beat() -> bool:
+                return await session.fetchval(_HEARTBEAT, worker) is not None
+
+            yield beat
+
+    async def stop_worker(self, worker: WorkerId) -> None:
+        """The last act of a worker: whatever it still holds is free at once."""
+        await self.release_others(worker, ())
+        await self._db.execute(_STOP_WORKER, worker)
+
+    # What any replica does for all
+
+    async def rescue(self) -> Rescue:
+        """Take jobs back from workers without a beat for 15 s, and those whose lease has run out.
+
+        Only for a worker whose own beats have succeeded for 15 s on end: after an outage everyone looks stale.
+        """
+        rows = await self._db.fetch(_RESCUE, LOSSES_MAX, STALE_S, RESCUE_MAX)
+        rescued = Rescue(
+            [JobId(row["id"]) for row in rows if not row["is_dead"]],
+            [JobId(row["id"]) for row in rows if row["is_dead"]],
+        )
+        if rescued.ready:
+            self.waker.wake()
+        return rescued
+
+    async def promote(self) -> Promotion:
+        """Move what has become due to ready, at most 2,000 at a time."""
+        row = await self._db.fetchrow(_PROMOTE, PROMOTE_MAX)
+        assert row is not None
+        promotion = Promotion(row["moved"], row["next_s"])
+        if promotion.moved:
+            self.waker.wake()
+        return promotion
+
+
+def backoff_s(attempt: int) -> float:
+    """Seconds until the next try after `attempt` failures: doubling from 10 s to an hour, the upper half jittered."""
+    longest = min(BACKOFF_MAX_S, BACKOFF_BASE_S * 2.0 ** min(attempt, 20))
+    return longest * random.uniform(0.5, 1.0)  # noqa: S311 (spreads load, guards nothing)
+
+
+def _check(jobs: Sequence[NewJob]) -> None:
+    for job in jobs:
+        if len(job.body) > BODY_BYTES_MAX:
+            raise UsageError("body", f"{len(job.body)} bytes is more than a job may carry", f"at most {BODY_BYTES_MAX}")
+        if job.key < 0:
+            raise UsageError("key", f"{job.key} is negative")
+
+
+def _columns(jobs: Sequence[NewJob], ids: Sequence[JobId | None]) -> tuple[list[object], ...]:
+    return (
+        [*ids],
+        [job.kind for job in jobs],
+        [job.key for job in jobs],
+        [job.prio for job in jobs],
+        [job.max_attempts for job in jobs],
+        [job.timeout_s for job in jobs],
+        [job.body for job in jobs],
+        [job.delay.total_seconds() for job in jobs],
+    )
+
+
+async def _insert(db: Executor, jobs: Sequence[NewJob], ids: Sequence[JobId | None]) -> list[JobId]:
+    if not jobs:
+        return []
+    return [JobId(row["id"]) for row in await db.fetch(_ENQUEUE, *_columns(jobs, ids))]
+
+
+async def _deduplicated(tx: Session, jobs: Sequence[NewJob]) -> list[tuple[JobId, bool]]:
+    """For each job its id, and whether it is to be stored under it.
+
+    The dedup rows are locked until the caller commits, in the order of their keys, so that of two racing callers the
+    second waits and then sees the first one's job. So is an unclaimed job which stands for a new one: it must not
+    start before it can see what this transaction wrote.
+    """
+    reserved = [JobId(row["id"]) for row in await tx.fetch(_RESERVE, len(jobs))]
+    first: dict[str, int] = {}
+    for index, job in enumerate(jobs):
+        if job.dedup_id is not None:
+            first.setdefault(job.dedup_id, index)
+    owner: dict[str, tuple[JobId, bool]] = {}
+    while len(owner) < len(first):
+        wanted = [key for key in first if key not in owner]
+        windows = [jobs[first[key]].dedup_window.total_seconds() for key in wanted]
+        taken = await tx.fetch(_DEDUP_TAKE, wanted, [reserved[first[key]] for key in wanted], windows)
+        owner.update((row["key"], (reserved[first[row["key"]]], True)) for row in taken)
+        held = await tx.fetch(_DEDUP_LOCK, [key for key in wanted if key not in owner])
+        # One that was pruned between the two statements is in neither answer: go round again.
+        claimable = [row["job_id"] for row in held if jobs[first[row["key"]]].only_unclaimed and not row["is_expired"]]
+        unclaimed: set[JobId] = set()
+        if claimable:
+            # Promotion moves a job from due to ready, never back: in this order it cannot slip through.
+            unclaimed |= _ids(await tx.fetch(_UNCLAIMED_DUE, claimable))
+            unclaimed |= _ids(await tx.fetch(_UNCLAIMED_READY, claimable))
+        replaced = []
+        for row in held:
+            job, mine = jobs[first[row["key"]]], reserved[first[row["key"]]]
+            stands = not row["is_expired"] and (not job.only_unclaimed or row["job_id"] in unclaimed)
+            owner[row["key"]] = (JobId(row["job_id"]), False) if stands else (mine, True)
+            if not stands:
+                replaced.append((row["key"], mine, job.dedup_window.total_seconds()))
+        if replaced:
+            keys, ids, replaced_windows = zip(*replaced, strict=True)
+            await tx.execute(_DEDUP_REPLACE, keys, ids, replaced_windows)
+    result = []
+    for index, job in enumerate(jobs):
+        if job.dedup_id is None:
+            result.append((reserved[index], True))
+        else:
+            job_id, is_new = owner[job.dedup_id]
+            result.append((job_id, is_new and first[job.dedup_id] == index))
+    return result
+
+
+async def _settle(db: Executor, settlements: Iterable[Settlement]) -> set[JobId]:
+    # In the order of ids: two settles with jobs in common (a zombie's and the owner's) must not wait for each other.
+    ordered = sorted(
+        (s for s in settlements if not (isinstance(s.outcome, Completed) and s.outcome.is_settled)),
+        key=lambda s: s.job.id,
+    )
+    if not ordered:
+        return set()
+    endings = [_ending(s.job, s.outcome) for s in ordered]
+    rows = await db.fetch(
+        _SETTLE,
+        [s.job.id for s in ordered],
+        [s.job.token for s in ordered],
+        [ending for ending, _, _ in endings],
+        [s.took_ms for s in ordered],
+        [delay_s for _, delay_s, _ in endings],
+        [note for _, _, note in endings],
+    )
+    return _ids(rows)
+
+
+def _ending(job: Job, outcome: Outcome) -> tuple[Ending, float, str | None]:
+    match outcome:
+        case Completed(note=note):
+            return Ending.DONE, 0.0, None if note is None else _cut(note)
+        case Retryable(reason, delay_s):
+            if job.attempt >= job.max_attempts:
+                return Ending.DEAD, 0.0, _cut(reason)
+            return Ending.RETRY, backoff_s(job.attempt) if delay_s is None else max(0.0, delay_s), _cut(reason)
+        case Snoozed(delay_s, reason):
+            return Ending.SNOOZE, max(0.0, delay_s), _cut(reason)
+        case Discarded(reason):
+            return Ending.DEAD, 0.0, _cut(reason)
+        case Cancelled(reason):
+            return Ending.CANCELLED, 0.0, _cut(reason)
+        case _:
+            assert_never(outcome)
+
+
+def _cut(text: str) -> str:
+    # A NUL or half a surrogate pair would make Postgres refuse the whole batch.
+    clean = text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace")
+    return clean[:NOTE_BYTES_MAX].decode("utf-8", "ignore")
+
+
+def _ids(rows: Iterable[Record]) -> set[JobId]:
+    return {JobId(row["id"]) for row in rows}
+
+
+def _job(row: Record) -> Job:
+    # By position: this runs for every job, and the statements that feed it share their first columns.
+    return Job(row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8], row[9])
