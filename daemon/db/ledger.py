@@ -24,6 +24,8 @@ _END_STREAMS = query("end_streams")
 _CLOSE_STREAMS = query("close_streams")
 _OPEN_STREAMS = query("open_streams")
 _PARK_STREAMS = query("park_streams")
+_DEAD_LETTERS_OF = query("dead_letters_of")
+_REMEMBER_DEAD = query("remember_dead")
 _END_CONNECTIONS = query("end_connections")
 _MAKE_PARTITIONS = query("make_partitions")
 _NEXT_SEQS = query("next_seqs")
@@ -247,6 +249,18 @@ async def open_streams(tx: Executor, jobs: Mapping[StreamId, JobId]) -> None:
     """Hand streams to the poll_one that each has now: ticks leave them out."""
     if jobs:
         await tx.execute(_OPEN_STREAMS, list(jobs), list(jobs.values()))
+
+
+async def dead_letters_of(tx: Executor, streams: Iterable[StreamId]) -> dict[StreamId, JobId]:
+    """The dead letters that still lie there for these streams."""
+    rows = await tx.fetch(_DEAD_LETTERS_OF, sorted(streams))
+    return {StreamId(row["id"]): JobId(row["dead_job"]) for row in rows}
+
+
+async def remember_dead(tx: Executor, jobs: Mapping[StreamId, JobId]) -> None:
+    """Note which job is, or is about to be, a stream's dead letter."""
+    if jobs:
+        await tx.execute(_REMEMBER_DEAD, list(jobs), list(jobs.values()))
 
 
 async def park_streams(tx: Executor, reasons: Mapping[StreamId, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NewType
 
@@ -43,7 +43,10 @@ class NewJob:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A claimed job: ours for as long as its lease matches `(id, token)`."""
+    """A claimed job: ours for as long as its lease matches `(id, token)`.
+
+    `losses` counts the workers that were lost while they had it.
+    """
 
     id: JobId
     token: int
@@ -54,6 +57,7 @@ class Job:
     max_attempts: int
     timeout_s: float
     created_at: datetime
+    losses: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,4 +124,3 @@ class Summary:
     requests_saved: int = 0
     rows: int = 0
     duration_s: float = 0.0
-    errors: list[str] = field(default_factory=list)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 
 import structlog
@@ -27,9 +27,6 @@ from daemon.domain.job import JobId
 from daemon.domain.record import GrainId, Pending, ReadyBucket
 from daemon.domain.window import Width, Window
 from daemon.records.restate import Change, Witness, judge
-
-Step = Callable[[Session], Awaitable[None]]
-"""Something that commits with a flush."""
 
 DEADLOCK_TRIES = 5
 
@@ -57,9 +54,9 @@ class Piece:
         return sum(len(bucket.rows) for bucket in self.buckets)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Effect:
-    """What booking did to one stream."""
+    """What booking did to one stream, in revisions; `refused` counts buckets."""
 
     new: int = 0
     restated: int = 0
@@ -72,6 +69,16 @@ class Effect:
     def rows(self) -> int:
         return self.new + self.restated + self.vanished
 
+    def __add__(self, other: Effect) -> Effect:
+        return Effect(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+Effects = Mapping[StreamId, Effect]
+LockLease = Callable[[Session], Awaitable[None]]
+"""Locks the lease of the job whose flush it is, or raises LeaseLostError."""
+Step = Callable[[Session, Effects], Awaitable[None]]
+"""Something that commits with a flush, and may depend on what the flush changed."""
+
 
 @dataclass(slots=True)
 class Flush:
@@ -79,7 +86,7 @@ class Flush:
 
     Attributes:
         job: the poll that holds the lease.
-        ends, connection_ends, parked, closed: see the statements of the same names in `daemon.db.ledger`.
+        ends, connection_ends, parked: see the statements of the same names in `daemon.db.ledger`.
         also: further steps of the transaction, such as follow-up jobs, or the summary with the settling of the job.
     """
 
@@ -88,16 +95,7 @@ class Flush:
     ends: list[store.StreamEnd] = field(default_factory=list)
     connection_ends: list[store.ConnectionEnd] = field(default_factory=list)
     parked: dict[StreamId, str] = field(default_factory=dict)
-    closed: list[StreamId] = field(default_factory=list)
     also: list[Step] = field(default_factory=list)
-
-    @property
-    def rows(self) -> int:
-        return sum(piece.rows for piece in self.pieces)
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.pieces or self.ends or self.connection_ends or self.parked or self.closed or self.also)
 
 
 class LedgerSink:
@@ -107,7 +105,7 @@ class LedgerSink:
         self._db = db
         self._months: set[tuple[int, int]] = set()
 
-    async def book(self, flush: Flush, lock_lease: Step) -> dict[StreamId, Effect]:
+    async def book(self, flush: Flush, lock_lease: LockLease) -> Effects:
         """Commit a flush.
 
         Args:
@@ -131,13 +129,13 @@ class LedgerSink:
                 log.info("flush.deadlocked", job_id=flush.job, attempt=attempt)
         raise AssertionError("unreachable")
 
-    async def find_culprits(self, flush: Flush, lock_lease: Step) -> dict[StreamId, DataRejectedError]:
+    async def find_culprits(self, flush: Flush, lock_lease: LockLease) -> dict[StreamId, DataRejectedError]:
         """Bisect a refused flush: which streams hold what Postgres refuses. Nothing is written."""
         streams = sorted({piece.stream.id for piece in flush.pieces})
         return await self._bisect(flush, streams, lock_lease)
 
     async def _bisect(
-        self, flush: Flush, streams: Sequence[StreamId], lock_lease: Step
+        self, flush: Flush, streams: Sequence[StreamId], lock_lease: LockLease
     ) -> dict[StreamId, DataRejectedError]:
         try:
             await self._rehearse(flush, set(streams), lock_lease)
@@ -149,7 +147,7 @@ class LedgerSink:
             return left | await self._bisect(flush, streams[middle:], lock_lease)
         return {}
 
-    async def _rehearse(self, flush: Flush, streams: set[StreamId], lock_lease: Step) -> None:
+    async def _rehearse(self, flush: Flush, streams: set[StreamId], lock_lease: LockLease) -> None:
         part = Flush(flush.job, pieces=[piece for piece in flush.pieces if piece.stream.id in streams])
         try:
             async with self._db.transaction() as tx:
@@ -166,10 +164,10 @@ class LedgerSink:
             await store.make_partitions(self._db, missing)
             self._months.update((start.year, start.month) for start in missing)
 
-    async def _write(self, tx: Session, flush: Flush) -> dict[StreamId, Effect]:
+    async def _write(self, tx: Session, flush: Flush) -> Effects:
         effects: dict[StreamId, Effect] = {}
         locked = {p.stream.id for p in flush.pieces} | {e.stream_id for e in flush.ends}
-        locked |= set(flush.parked) | set(flush.closed)
+        locked |= set(flush.parked)
         if locked:
             fences = await store.lock_streams(tx, locked)
             effects = {stream: Effect() for stream in locked}
@@ -177,7 +175,6 @@ class LedgerSink:
                 await self._write_pieces(tx, flush.pieces, fences, effects)
             await store.end_streams(tx, [_with_effect(end, effects[end.stream_id]) for end in flush.ends])
             await store.park_streams(tx, flush.parked)
-            await store.close_streams(tx, flush.closed, flush.job)
         changed = {p.connection.id for p in flush.pieces if effects[p.stream.id].rows}
         await store.end_connections(
             tx,
@@ -185,7 +182,7 @@ class LedgerSink:
             flush.job,
         )
         for step in flush.also:
-            await step(tx)
+            await step(tx, effects)
         return effects
 
     async def _write_pieces(
@@ -193,7 +190,7 @@ class LedgerSink:
         tx: Session,
         pieces: Sequence[Piece],
         fences: Mapping[StreamId, store.StreamFence],
-        effects: Mapping[StreamId, Effect],
+        effects: dict[StreamId, Effect],
     ) -> None:
         epochs = await store.epochs_of(tx, fences)
         asked: dict[store.BucketId, tuple[Piece, ReadyBucket]] = {}
@@ -202,7 +199,7 @@ class LedgerSink:
             owners = epochs.get(piece.stream.id, [])
             for bucket in piece.buckets:
                 if fence is None or _is_fenced(fence, piece, bucket.start) or not _owns(owners, piece, bucket.start):
-                    effects[piece.stream.id].refused += 1
+                    effects[piece.stream.id] += Effect(refused=1)
                 else:
                     asked[piece.stream.id, bucket.start] = (piece, bucket)
         taken = await store.take_buckets(
@@ -225,7 +222,7 @@ class LedgerSink:
                 pending=grip.pending,
                 now=now,
             )
-            _count(effects[piece.stream.id], change, is_closed=bucket.start + piece.width.delta <= now)
+            effects[piece.stream.id] += _effect(change, is_closed=bucket.start + piece.width.delta <= now)
             tenant = piece.connection.tenant_id
             rows += [store.BookRow(tenant, *key, row, store.NEW, piece.seq) for row in change.new]
             rows += [store.BookRow(tenant, *key, row, store.RESTATED, piece.seq) for row in change.restated]
@@ -234,7 +231,7 @@ class LedgerSink:
             writes.append(store.BucketWrite(*key, change.digest, bucket.totals, pending))
         for stream, start in asked.keys() - taken.keys():
             piece, bucket = asked[stream, start]
-            effects[stream].refused += bool(bucket.rows)
+            effects[stream] += Effect(refused=int(bool(bucket.rows)))
         await store.book_rows(tx, rows)
         await store.book_vanished(tx, vanished)
         await store.write_buckets(tx, writes)
@@ -255,13 +252,14 @@ def _owns(epochs: Sequence[tuple[datetime, GrainId]], piece: Piece, start: datet
     return at > 0 and epochs[at - 1][1] == piece.grain_id
 
 
-def _count(effect: Effect, change: Change, *, is_closed: bool) -> None:
-    effect.new += len(change.new)
-    effect.restated += len(change.restated)
-    effect.vanished += len(change.vanished)
-    effect.withheld += len(change.withheld)
-    if is_closed:
-        effect.restated_closed += len(change.restated) + len(change.vanished)
+def _effect(change: Change, *, is_closed: bool) -> Effect:
+    return Effect(
+        new=len(change.new),
+        restated=len(change.restated),
+        restated_closed=len(change.restated) + len(change.vanished) if is_closed else 0,
+        vanished=len(change.vanished),
+        withheld=len(change.withheld),
+    )
 
 
 def _with_effect(end: store.StreamEnd, effect: Effect) -> store.StreamEnd:

@@ -27,6 +27,8 @@ class Mode(Enum):
     """A person asks: every source, at least its young buckets."""
     FULL = "full"
     """Every bucket since the connection's start, and the ungrouped totals as a second witness."""
+    RANGE = "range"
+    """The buckets of one given window, whatever is known of them: a backfill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,6 @@ class SourcePlan:
     is_hourly: bool
     is_daily: bool
 
-    @property
-    def live_window(self) -> Window:
-        """From the oldest live bucket to the newest."""
-        return Window(min(c.window.start for c in self.live), max(c.window.end for c in self.live))
-
 
 def is_due(spec: SourceSpec, stream: Stream, mode: Mode, now: datetime, costs_changed_at: datetime | None) -> bool:
     """Whether a poll reads this source at all.
@@ -81,13 +78,19 @@ def is_due(spec: SourceSpec, stream: Stream, mode: Mode, now: datetime, costs_ch
     return has_news or _is_past(stream.daily_at, DAY, now)
 
 
-def plan(spec: SourceSpec, stream: Stream, mode: Mode, now: datetime, since: datetime) -> SourcePlan:
+def plan(
+    spec: SourceSpec, stream: Stream, mode: Mode, now: datetime, since: datetime, asked: Window | None = None
+) -> SourcePlan:
     """Lay out the reads of one source.
 
     Args:
         now: the database's time; nothing later is asked for.
         since: the connection's start; nothing older is asked for, nor anything before the provider's history floor.
+        asked: the window of a RANGE poll.
     """
+    if mode is Mode.RANGE:
+        assert asked is not None
+        return SourcePlan(None, (), tuple(_asked(spec, stream, now, asked)), is_hourly=False, is_daily=False)
     width = stream.epochs[-1].grain.width
     is_daily = _is_past(stream.daily_at, DAY, now)
     is_hourly = is_daily or _is_past(stream.hourly_at, HOUR, now)
@@ -112,6 +115,13 @@ def plan(spec: SourceSpec, stream: Stream, mode: Mode, now: datetime, since: dat
     if spec.can_probe and is_plain and len(live) == 1:
         probe = live[0]
     return SourcePlan(probe, tuple(live), tuple(history), is_hourly or mode is Mode.FULL, is_daily or mode is Mode.FULL)
+
+
+def _asked(spec: SourceSpec, stream: Stream, now: datetime, asked: Window) -> list[Chunk]:
+    width = stream.epochs[-1].grain.width
+    start = width.floor(max(asked.start, stream.floor or asked.start))
+    end = min(width.ceil(asked.end), width.ceil(now))
+    return _chunks(Window(start, end), spec, stream.epochs) if start < end else []
 
 
 def _chunks(window: Window, spec: SourceSpec, epochs: Sequence[Epoch]) -> list[Chunk]:

@@ -148,6 +148,12 @@ update stream set open_job = null where id = any($1::bigint[]) and open_job = $2
 -- name: open_streams
 update stream s set open_job = g.job from unnest($1::bigint[], $2::bigint[]) as g(id, job) where s.id = g.id
 
+-- name: dead_letters_of
+select s.id, s.dead_job from stream s join dead d on d.id = s.dead_job where s.id = any($1::bigint[])
+
+-- name: remember_dead
+update stream s set dead_job = g.job from unnest($1::bigint[], $2::bigint[]) as g(id, job) where s.id = g.id
+
 -- name: park_streams
 update stream s set parked_reason = g.reason, read_at = now()
 from unnest($1::bigint[], $2::text[]) as g(id, reason) where s.id = g.id

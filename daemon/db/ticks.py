@@ -1,0 +1,66 @@
+"""Ticks and what their batches did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from daemon.db.pool import Executor, query
+from daemon.domain.connection import ConnectionId
+from daemon.domain.job import JobId, Summary
+
+_CLAIM = query("claim_tick")
+_DUE = query("due_connections")
+_ADVANCE = query("advance_connections")
+_FINISH = query("finish_tick")
+_HAS = query("has_tick")
+_OPEN_BATCHES = query("tick_open_batches")
+_SUMMARIES = query("summaries_of")
+_JOBS = query("jobs_of_tick")
+
+
+async def claim(tx: Executor, slot: datetime) -> bool:
+    """Insert the tick of a slot. A race is decided by the unique key: the losers wait for the commit and get False."""
+    return await tx.fetchval(_CLAIM, slot) is not None
+
+
+async def due_connections(tx: Executor, slot_end: datetime) -> list[tuple[ConnectionId, datetime]]:
+    """Active connections that are due before `slot_end` and not being polled, with their last change; locked."""
+    return [(ConnectionId(row["id"]), row["changed_at"]) for row in await tx.fetch(_DUE, slot_end)]
+
+
+async def advance(
+    tx: Executor, connections: Sequence[ConnectionId], next_due: Sequence[datetime], jobs: Sequence[JobId]
+) -> None:
+    """Give each connection its next due time, and to the batch that polls it now."""
+    if connections:
+        await tx.execute(_ADVANCE, list(connections), list(next_due), list(jobs))
+
+
+async def finish(tx: Executor, slot: datetime, connections: int, batches: int) -> None:
+    """Note what the tick is expected to do."""
+    await tx.execute(_FINISH, slot, connections, batches)
+
+
+async def exists(db: Executor, slot: datetime) -> bool:
+    """Whether the slot has its tick."""
+    return bool(await db.fetchval(_HAS, slot))
+
+
+async def open_batches(db: Executor, slot: datetime) -> int | None:
+    """How many batches of a tick have not finished; None when there is no such tick."""
+    left: int | None = await db.fetchval(_OPEN_BATCHES, slot)
+    return left
+
+
+async def jobs_of(db: Executor, slot: datetime) -> list[JobId]:
+    """The finished batches of a tick."""
+    return [JobId(row["job_id"]) for row in await db.fetch(_JOBS, slot)]
+
+
+async def summary_of(db: Executor, jobs: Sequence[JobId]) -> tuple[int, Summary]:
+    """How many of the jobs have finished, and the sum of what they did; the duration is the longest one's."""
+    row = await db.fetchrow(_SUMMARIES, list(jobs))
+    assert row is not None
+    fields = dict(row)
+    return fields.pop("batches"), Summary(**fields)

@@ -1,0 +1,39 @@
+"""Dead letters that are born dead: work that failed inside a batch, where trying it alone would change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from daemon.db.pool import Session, query
+from daemon.domain.job import JobId, NewJob
+
+_BURY = query("bury")
+_MOURN = query("mourn")
+
+
+async def bury(tx: Session, jobs: Sequence[tuple[NewJob, str]]) -> list[JobId]:
+    """Store jobs straight among the dead letters, each with its reason; a replay runs them. Ids in the order given."""
+    if not jobs:
+        return []
+    rows = await tx.fetch(
+        _BURY,
+        [job.kind for job, _ in jobs],
+        [job.key for job, _ in jobs],
+        [job.prio for job, _ in jobs],
+        [job.max_attempts for job, _ in jobs],
+        [job.timeout_s for job, _ in jobs],
+        [job.body for job, _ in jobs],
+        [_clean(reason) for _, reason in jobs],
+    )
+    return sorted(JobId(row["id"]) for row in rows)
+
+
+async def mourn(tx: Session, reasons: Mapping[JobId, str]) -> None:
+    """The same work failed again: note it on the dead letter that lies there, instead of adding one each tick."""
+    if reasons:
+        await tx.execute(_MOURN, list(reasons), [_clean(reason) for reason in reasons.values()])
+
+
+def _clean(text: str) -> str:
+    # Postgres takes neither a NUL nor half a surrogate pair.
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")[:2_000]

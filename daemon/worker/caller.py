@@ -1,0 +1,84 @@
+"""One connection's door to its provider: tier 1 of the failure model, under the governor, with every request counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import stamina
+
+from daemon.domain.connection import Target
+from daemon.domain.errors import CircuitOpenError, TransientError
+from daemon.domain.ports import Answer
+from daemon.worker.governor import Governor
+
+
+class Http(Protocol):
+    """The one door out (`daemon.http_client`)."""
+
+    async def get(
+        self,
+        base_url: str,
+        path: str,
+        params: Sequence[tuple[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """One GET, tried once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RetrySettings:
+    """Tier 1: transient failures are retried at once, with full-jitter backoff.
+
+    Attributes:
+        tries: requests made for one page at the most.
+        budget_s: no try begins later than this after the first; a longer `Retry-After` goes to the retry queue.
+    """
+
+    tries: int = 3
+    budget_s: float = 20.0
+    wait_initial_s: float = 0.25
+    wait_max_s: float = 5.0
+
+
+class CountingCaller:
+    """A `Caller` for one connection during one job. `requests` counts what went out, tries included."""
+
+    def __init__(self, http: Http, governor: Governor, target: Target, org: str, settings: RetrySettings) -> None:
+        self._http = http
+        self._governor = governor
+        self._target = target
+        self._host = urlsplit(target.base_url).netloc.rpartition("@")[2]
+        self._org = org
+        self._settings = settings
+        self.requests = 0
+        self.answers = 0
+
+    async def get(
+        self, path: str, params: Sequence[tuple[str, str]] = (), headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        settings = self._settings
+        async for attempt in stamina.retry_context(
+            on=self._wait,
+            attempts=settings.tries,
+            timeout=settings.budget_s,
+            wait_initial=settings.wait_initial_s,
+            wait_max=settings.wait_max_s,
+            wait_jitter=settings.wait_initial_s * 2,
+        ):
+            with attempt:
+                async with self._governor.request(self._host, self._org):
+                    self.requests += 1
+                    answer = await self._http.get(self._target.base_url, path, params, headers)
+                self.answers += 1
+        return answer
+
+    def _wait(self, error: Exception) -> bool | float:
+        if not isinstance(error, TransientError) or isinstance(error, CircuitOpenError):
+            return False
+        if error.retry_after_s is None:
+            return True
+        return error.retry_after_s if error.retry_after_s <= self._settings.budget_s else False

@@ -1,0 +1,55 @@
+"""`run_job`: the only worker code, whatever brought the job. It alone decides what a failure means."""
+
+from __future__ import annotations
+
+import structlog
+
+from daemon.domain.errors import DaemonError, LeaseLostError, TransientError
+from daemon.domain.job import Cancelled, Completed, Discarded, Job, Outcome, Retryable, Snoozed
+from daemon.worker.poll import POLL, POLL_ONE, PollDeps, run_poll
+
+log = structlog.get_logger()
+
+
+async def run_job(job: Job, deps: PollDeps) -> Outcome:
+    """Run a job and say how it ended. Never raises but for cancellation.
+
+    A `Completed(is_settled=True)` has been settled by its handler, or belongs to another replica by now: the loop
+    writes nothing for it.
+    """
+    began = deps.monotonic()
+    outcome: Outcome = Cancelled("interrupted")
+    with structlog.contextvars.bound_contextvars(job_id=job.id, kind=job.kind, attempt=job.attempt):
+        try:
+            outcome = await _dispatch(job, deps)
+        except LeaseLostError:
+            outcome = Completed(is_settled=True, note="lease lost")
+        except TransientError as error:
+            outcome = Retryable(str(error), error.retry_after_s)
+        except DaemonError as error:
+            outcome = Discarded(str(error))
+        except Exception as error:
+            log.exception("job.crashed")
+            outcome = Retryable(f"{type(error).__name__}: {error}")
+        finally:
+            _log_finished(outcome, deps.monotonic() - began)
+    return outcome
+
+
+async def _dispatch(job: Job, deps: PollDeps) -> Outcome:
+    match job.kind:
+        case str() as kind if kind in (POLL, POLL_ONE):
+            return await run_poll(job, deps)
+        case _:
+            return Discarded(f"no handler for kind {job.kind!r}: an older version may have picked up newer work")
+
+
+def _log_finished(outcome: Outcome, duration_s: float) -> None:
+    fields: dict[str, object] = {"outcome": type(outcome).__name__.lower(), "duration_s": round(duration_s, 3)}
+    match outcome:
+        case Completed(note=str() as note):
+            fields["note"] = note
+        case Retryable(reason=reason) | Discarded(reason=reason) | Cancelled(reason=reason) | Snoozed(reason=reason):
+            fields["reason"] = reason
+    level = log.error if isinstance(outcome, Discarded) else log.warning if isinstance(outcome, Retryable) else log.info
+    level("job.finished", **fields)
