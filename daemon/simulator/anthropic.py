@@ -49,10 +49,10 @@ _ANALYTICS_DIMS = (
 )  # fmt: skip
 _FAN_OUT = ("cost_type", "token_type")
 _ANALYTICS_FILTERS = {
-    "api_key_ids": "api_key_id", "context_windows": "context_window", "inference_geos": "inference_geo",
-    "models": "model", "products": "product", "service_tiers": "service_tier", "speeds": "speed",
-    "workspace_ids": "workspace_id", "organization_ids": "organization_id",
-}  # fmt: skip
+    ("claude_tag_categories" if dim == "claude_tag_category" else dim + "s"): dim
+    for dim in _ANALYTICS_DIMS
+    if dim != "actor"
+} | {"actor_ids": "actor_id"}
 _USAGE_ORDERS = ("output_tokens", "requests", "time", "total_tokens", "uncached_input_tokens")
 _COST_ORDERS = ("amount", "list_amount", "time")
 
@@ -146,7 +146,7 @@ def _cents(pico: int) -> str:
     return format(cents, "f") if cents.as_tuple().exponent <= -6 else format(cents, ".6f")  # type: ignore[operator]  # finite
 
 
-def _buckets(org: Org, query: Query, source: Source, width: str, group_by: list[str], shown: tuple[str, ...]) -> Page:
+def _buckets(org: Org, query: Query, source: Source, width: str, shown: tuple[str, ...]) -> Page:
     """What the two bucketed reports have in common; starts snap down to the grid."""
     step = WIDTHS[width]
     start = _required_start(query) // step * step
@@ -198,7 +198,7 @@ def _messages(org: Org, query: Query, betas: set[str]) -> Page:
             raise _invalid(f"group_by: unknown dimension {dim!r}")
     if ("speed" in group_by or query.many("speeds")) and SPEED_BETA not in betas:
         raise _invalid(f"speed: send `anthropic-beta: {SPEED_BETA}`")
-    return _buckets(org, query, source, width, group_by, tuple(group_by))
+    return _buckets(org, query, source, width, tuple(group_by))
 
 
 def _usage_row(org: Org, shown: tuple[str, ...], dims: Dims, counts: tuple[int, ...]) -> Json:
@@ -250,7 +250,7 @@ def _cost_report(org: Org, query: Query) -> Page:
         if dim not in {"workspace_id", "description"}:
             raise _invalid(f"group_by: unknown dimension {dim!r}")
     shown = (*group_by, *_COST_PARSED) if "description" in group_by else tuple(group_by)
-    return _buckets(org, query, ANTHROPIC["cost"], "1d", group_by, shown)
+    return _buckets(org, query, ANTHROPIC["cost"], "1d", shown)
 
 
 def _cost_row(org: Org, shown: tuple[str, ...], dims: Dims, counts: tuple[int, ...]) -> Json:
@@ -265,7 +265,7 @@ def _analytics(org: Org, name: str, query: Query) -> Page:
     source = ANTHROPIC[name]
     is_cost = source.is_cost
     query.only(("starting_at", "ending_at", "time_bucket_width", "group_by", "limit", "page", "order_by", "order",
-                *_ANALYTICS_FILTERS))  # fmt: skip
+                "exclude_deleted_users", *_ANALYTICS_FILTERS))  # fmt: skip
     now = org.clock.now()
     start, end, width = _required_start(query), _instant(query, "ending_at"), query.one("time_bucket_width")
     if start < max(ANALYTICS_FLOOR, now - 365 * DAY):
@@ -401,7 +401,7 @@ def _analytics_value(org: Org, source: Source, dims: Dims, dim: str) -> Json | s
         case "inference_geo":
             geo = dims[source.at(dim)]
             return None if geo == "not_available" else geo
-        case "actor" | "actor_type":
+        case "actor" | "actor_type" | "actor_id":
             return _actor(org, source, dims, dim)
         case _ if dim in source.dims:
             return dims[source.at(dim)]
@@ -411,6 +411,8 @@ def _analytics_value(org: Org, source: Source, dims: Dims, dim: str) -> Json | s
 
 def _actor(org: Org, source: Source, dims: Dims, dim: str) -> Json | str | None:
     account, service, key = (dims[source.at(name)] for name in ("account_id", "service_account_id", "api_key_id"))
+    if dim == "actor_id":
+        return account or service or key
     if account is not None:
         email = next((each.email for each in org.cast.keys if each.user == account), None)
         actor: Json = {"type": "user_actor", "user_id": account, "email_address": email, "deleted": False}

@@ -103,7 +103,7 @@ MAIN_SOURCE: dict[Provider, str] = {"openai": "completions", "anthropic": "messa
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Picodollars per token; `write_1h` is Anthropic's alone."""
+    """Picodollars per token. `write_5m` is also what OpenAI takes for a cache write of any length."""
 
     input: int
     cache_read: int
@@ -124,6 +124,7 @@ CHAT: dict[Provider, dict[str, Price]] = {
         "gpt-4o-mini-2024-07-18": _price("0.15", "0.075", "0.6"),
         "gpt-4.1-2025-04-14": _price("2", "0.5", "8"),
         "o3-2025-04-16": _price("2", "0.5", "8"),
+        "gpt-6-sol": _price("2", "0.2", "10", "2.5"),
     },
     "anthropic": {
         "claude-sonnet-4-5-20250929": _price("3", "0.3", "15", "3.75", "6"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from email.utils import formatdate
 
 import msgspec
@@ -97,7 +98,7 @@ class Faults:
         fault = self._next(provider, key, request, reply)
         if fault is not None:
             self.served[fault.kind] += 1
-            KINDS[fault.kind](fault, provider, request, reply, now)
+            KINDS[fault.kind](_Hit(fault, provider, reply, now))
 
     def _next(self, provider: Provider, key: str, request: Request, reply: Reply) -> Fault | None:
         for fault in self.queued:
@@ -129,7 +130,22 @@ class Faults:
         return fault if _applies(fault, reply) else None
 
 
-_Harm = Callable[[Fault, Provider, Request, Reply, int], None]
+@dataclass(frozen=True, slots=True)
+class _Hit:
+    """A fault that has found its answer."""
+
+    fault: Fault
+    provider: Provider
+    reply: Reply
+    now: int
+
+    @property
+    def page(self) -> Page:
+        assert self.reply.page is not None
+        return self.reply.page
+
+
+_Harm = Callable[[_Hit], None]
 
 
 def _applies(fault: Fault, reply: Reply) -> bool:
@@ -150,15 +166,15 @@ def _applies(fault: Fault, reply: Reply) -> bool:
             return True
 
 
-def _refuse(fault: Fault, provider: Provider, request: Request, reply: Reply, now: int) -> None:
+def _refuse(hit: _Hit) -> None:
+    fault, reply = hit.fault, hit.reply
     kind, code, message = _STATUSES[fault.kind]
     status = int(fault.kind)
-    request_id = dict(reply.headers).get("request-id", "")
-    if provider == "openai":
+    if hit.provider == "openai":
         types = {429: "requests", 401: "invalid_request_error", 403: "invalid_request_error"}
-        refused = RefusedError(status, types.get(status, "server_error"), message, code=code)
-        reply.body = openai.error_body(refused)
+        reply.body = openai.error_body(RefusedError(status, types.get(status, "server_error"), message, code=code))
     else:
+        request_id = dict(reply.headers).get("request-id", "")
         reply.body = anthropic.error_body(RefusedError(status, kind, message), request_id)
     reply.status, reply.page = status, None
     if status in {429, 503, 529}:
@@ -166,88 +182,79 @@ def _refuse(fault: Fault, provider: Provider, request: Request, reply: Reply, no
             case "seconds":
                 reply.headers.append(("retry-after", format(fault.retry_after_s, "g")))
             case "date":
-                reply.headers.append(("retry-after", formatdate(now + fault.retry_after_s, usegmt=True)))
+                reply.headers.append(("retry-after", formatdate(hit.now + fault.retry_after_s, usegmt=True)))
             case "ms":
                 reply.headers.append(("retry-after-ms", str(int(fault.retry_after_s * 1000))))
             case _:
                 pass
 
 
-def _html(fault: Fault, provider: Provider, request: Request, reply: Reply, now: int) -> None:
-    reply.status, reply.page, reply.content_type = 502, None, "text/html"
-    reply.body = b"<html><head><title>502 Bad Gateway</title></head><body><center><h1>502</h1></center></body></html>"
+def _html(hit: _Hit) -> None:
+    hit.reply.status, hit.reply.page, hit.reply.content_type = 502, None, "text/html"
+    hit.reply.body = b"<html><head><title>502 Bad Gateway</title></head><body><center>nginx</center></body></html>"
 
 
-def _not_json(fault: Fault, provider: Provider, request: Request, reply: Reply, now: int) -> None:
-    reply.page, reply.content_type = None, "text/html"
-    reply.body = b"<!doctype html><title>Maintenance</title>"
+def _not_json(hit: _Hit) -> None:
+    hit.reply.page, hit.reply.content_type = None, "text/html"
+    hit.reply.body = b"<!doctype html><title>Maintenance</title>"
 
 
-def _breaking(make: Callable[[Fault], Breakage]) -> _Harm:
-    def harm(fault: Fault, provider: Provider, request: Request, reply: Reply, now: int) -> None:
-        reply.breakage = make(fault)
-
-    return harm
-
-
-def _bending(bend: Callable[[Fault, Page], None]) -> _Harm:
-    def harm(fault: Fault, provider: Provider, request: Request, reply: Reply, now: int) -> None:
-        assert reply.page is not None
-        bend(fault, reply.page)
-
-    return harm
+def _break(hit: _Hit) -> None:
+    kind, fault = hit.fault.kind, hit.fault
+    hit.reply.breakage = Breakage(
+        hold_s=fault.hold_s if kind == "timeout" else 0,
+        cut=kind == "truncated_body",
+        reset=kind == "reset_after_headers",
+        drip_s=fault.drip_s if kind == "slow_drip" else 0,
+        skew_s=fault.skew_s if kind == "skewed_date" else 0,
+    )
 
 
-def _repeat_cursor(fault: Fault, page: Page) -> None:
-    page.body["has_more"], page.body["next_page"] = True, page.cursor(page.position)
+def _repeat_cursor(hit: _Hit) -> None:
+    hit.page.body |= {"has_more": True, "next_page": hit.page.cursor(hit.page.position)}
 
 
-def _without_cursor(fault: Fault, page: Page) -> None:
-    page.body["has_more"], page.body["next_page"] = True, None
+def _without_cursor(hit: _Hit) -> None:
+    hit.page.body |= {"has_more": True, "next_page": None}
 
 
-def _empty_past_end(fault: Fault, page: Page) -> None:
+def _empty_past_end(hit: _Hit) -> None:
     """The last page names a next one, and so does each empty page after it."""
-    page.body["has_more"], page.body["next_page"] = True, page.cursor(page.end + HOUR)
+    hit.page.body |= {"has_more": True, "next_page": hit.page.cursor(hit.page.end + HOUR)}
 
 
-def _truncated_chain(fault: Fault, page: Page) -> None:
-    page.body["has_more"], page.body["next_page"] = False, None
+def _truncated_chain(hit: _Hit) -> None:
+    hit.page.body |= {"has_more": False, "next_page": None}
 
 
-def _grow(fault: Fault, page: Page) -> None:
-    now = page.org.clock.now()
-    page.org.grow(fault.requests, now - now % HOUR, now + 1)
+def _grow(hit: _Hit) -> None:
+    hit.page.org.grow(hit.fault.requests, hit.now - hit.now % HOUR, hit.now + 1)
 
 
-def _drop_rows(fault: Fault, page: Page) -> None:
-    data = page.body["data"]
+def _drop_rows(hit: _Hit) -> None:
+    data, rows = hit.page.body["data"], hit.fault.rows
     if data and "results" not in data[0]:
-        del data[len(data) - fault.rows if fault.rows else 0 :]
+        del data[max(0, len(data) - rows) if rows else 0 :]
         return
     bucket = next(bucket for bucket in reversed(data) if bucket["results"])
-    bucket["results"] = bucket["results"][: -fault.rows] if fault.rows else []
+    bucket["results"] = bucket["results"][:-rows] if rows else []
 
 
-def _result_field(fault: Fault, page: Page) -> None:
-    for bucket in page.body["data"]:
+def _result_field(hit: _Hit) -> None:
+    for bucket in hit.page.body["data"]:
         bucket["result"] = bucket.pop("results")
 
 
 KINDS: dict[str, _Harm] = {
     **dict.fromkeys(_STATUSES, _refuse),
+    **dict.fromkeys(("timeout", "truncated_body", "reset_after_headers", "slow_drip", "skewed_date"), _break),
     "502": _html,
     "not_json": _not_json,
-    "timeout": _breaking(lambda fault: Breakage(hold_s=fault.hold_s)),
-    "truncated_body": _breaking(lambda fault: Breakage(cut=True)),
-    "reset_after_headers": _breaking(lambda fault: Breakage(reset=True)),
-    "slow_drip": _breaking(lambda fault: Breakage(drip_s=fault.drip_s)),
-    "skewed_date": _breaking(lambda fault: Breakage(skew_s=fault.skew_s)),
-    "repeat_cursor": _bending(_repeat_cursor),
-    "has_more_without_cursor": _bending(_without_cursor),
-    "empty_past_end": _bending(_empty_past_end),
-    "truncated_chain": _bending(_truncated_chain),
-    "grow_between_pages": _bending(_grow),
-    "drop_rows": _bending(_drop_rows),
-    "result_field": _bending(_result_field),
+    "repeat_cursor": _repeat_cursor,
+    "has_more_without_cursor": _without_cursor,
+    "empty_past_end": _empty_past_end,
+    "truncated_chain": _truncated_chain,
+    "grow_between_pages": _grow,
+    "drop_rows": _drop_rows,
+    "result_field": _result_field,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -100,11 +101,11 @@ def _edit(org: Org, asked: Scenario) -> Edit:
             return _equal_amounts(org, asked)
         case "correction_up":
             row = _pick(org, asked)
-            return _addition(org, asked, row, [tuple(count // 2 + (count > 0) for count in row.counts)])
+            return _addition(org, asked, row, tuple(count // 2 + (count > 0) for count in row.counts))
         case "correction_down":
             row = _pick(org, asked)
             less = tuple(-(count // 2) for count in row.counts)
-            return _addition(org, asked, row, [less if any(less) else tuple(-count for count in row.counts)])
+            return _addition(org, asked, row, less if any(less) else tuple(-count for count in row.counts))
         case "vanish_row":
             row = _pick(org, asked)
             return _mapping(org, asked, row, row.hours, lambda event: None if event.dims == row.dims else event)
@@ -216,11 +217,12 @@ def _equal_amounts(org: Org, asked: Scenario) -> Edit:
     return org.addition(source.name, [event, event._replace(dims=tuple(dims))], asked.action)
 
 
-def _addition(org: Org, asked: Scenario, row: _Row, deltas: list[tuple[int, ...]]) -> Edit:
+def _addition(org: Org, asked: Scenario, row: _Row, delta: tuple[int, ...]) -> Edit:
+    """A difference that shows from now on; of a level, the new level."""
     now = org.clock.now()
-    return org.addition(
-        row.source.name, [Event(row.start, max(now, row.start), row.dims, delta) for delta in deltas], asked.action
-    )
+    if row.source.is_level:
+        delta = tuple(map(operator.add, row.counts, delta))
+    return org.addition(row.source.name, [Event(row.start, max(now, row.start), row.dims, delta)], asked.action)
 
 
 def _mapping(

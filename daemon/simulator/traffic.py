@@ -34,6 +34,7 @@ class Profile:
         models: chat models in use; empty means all that the catalogue prices.
         sources: those with traffic; empty means all but `decisions`.
         late_s: an event shows up at most so long after it happened.
+        cost_late_s: what it costs shows up so much later still.
         reveal_now: what happened before the organisation was first seen shows at once, however late it would be.
         live: traffic goes on after that; otherwise only control calls add to it.
         projects, keys: how many projects (workspaces) and API keys there are.
@@ -47,6 +48,7 @@ class Profile:
     models: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     late_s: int = 0
+    cost_late_s: int = 0
     reveal_now: bool = True
     live: bool = True
     projects: int = 2
@@ -119,7 +121,7 @@ def hour_events(
 
 _Made = tuple[str, tuple[str | None, ...], tuple[int, ...]]
 _OPENAI_MINOR = (
-    "embeddings", "moderations", "images", "audio_speeches", "audio_transcriptions", "code_interpreter_sessions",
+    "embeddings", "moderations", "images", "audio_speeches", "audio_transcriptions", "vector_stores", "code_interpreter_sessions",
     "file_search_calls", "web_search_calls", "unreported",
 )  # fmt: skip
 
@@ -134,16 +136,20 @@ def _openai_event(people: Cast, profile: Profile, rng: random.Random, models: tu
     elif roll > 0.7:
         source = _OPENAI_MINOR[int((roll - 0.7) / 0.3 * len(_OPENAI_MINOR)) % len(_OPENAI_MINOR)]
     amount = 1 + int(rng.random() * 4000)
-    who = (key.project, key.user, key.id)
+    # Some usage is not attributed: the playground has no key, a service account no user.
+    is_attributed = rng.random() > 0.08
+    who = (key.project, key.user, key.id) if is_attributed else (key.project, None, None)
     match source:
         case "completions" | "decisions":
             model = models[int(rng.random() * len(models))]
             is_batch = rng.random() < 0.1
             tier = "flex" if model.startswith(("gpt-5", "o3")) and not is_batch and rng.random() < 0.1 else "default"
-            cached = int(amount * rng.random()) if rng.random() < 0.5 else 0
+            # A batch reads no cache: what that costs differs between models.
+            cached = int(amount * rng.random()) if rng.random() < 0.5 and not is_batch else 0
+            write = int(cached * rng.random()) if catalogue.chat_price("openai", model).write_5m else 0
             image = int(rng.random() * 300) if model.startswith("gpt-4o") and rng.random() < 0.2 else 0
             output = 1 + int(rng.random() * 1200)
-            counts = (amount - cached, 0, image, cached, 0, 0, 0, 0, output, 0, 0, 1)
+            counts = (amount - cached, 0, image, cached, 0, 0, write, write // 4, output, 0, 0, 1)
             return source, (*who, model, "true" if is_batch else "false", tier, "unlabeled"), counts
         case "embeddings":
             return source, (*who, "text-embedding-3-small" if amount % 3 else "text-embedding-3-large"), (amount, 1)
@@ -224,8 +230,9 @@ def openai_charges(source: str, event: Event) -> Iterator[Event]:
             numerator, divisor = (1, 2) if batch == "true" or tier == "flex" else (2 if tier == "priority" else 1, 1)
             suffix = ", batch" if batch == "true" else "" if tier in {"default", None} else f", {tier}"
             for label, quantity, pico in (
-                ("input", sum(counts[:3]) + sum(counts[6:8]), price.input),
+                ("input", sum(counts[:3]), price.input),
                 ("cached input", sum(counts[3:6]), price.cache_read),
+                ("cache write", sum(counts[6:8]), price.write_5m),
                 ("output", sum(counts[8:11]), price.output),
             ):
                 if quantity:

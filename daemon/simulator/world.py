@@ -139,9 +139,8 @@ class Org:
         if hour < self.history_from or not profile.requests_per_hour or (not profile.live and hour >= self.created_at):
             return
         rng = random.Random(f"{self.seed}/{self.provider}/{self.key}/{hour}")  # noqa: S311  # seeded on purpose
-        for source, event in traffic.hour_events(
-            self.provider, self.cast, profile, rng, hour, profile.requests_per_hour
-        ):
+        made = traffic.hour_events(self.provider, self.cast, profile, rng, hour, profile.requests_per_hour)
+        for source, event in sorted(made, key=lambda each: each[1].at):
             if event.at < self.created_at:
                 yield source, event._replace(visible_at=event.at) if profile.reveal_now else event
             elif profile.live:
@@ -173,6 +172,9 @@ class Org:
         return made
 
     def charge(self, source: str, event: Event) -> Iterator[Event]:
+        """The lines that one event adds to the bill."""
+        if event.at >= self.created_at:
+            event = event._replace(visible_at=event.visible_at + self.profile.cost_late_s)
         if self.provider == "openai":
             return traffic.openai_charges(source, event)
         return traffic.anthropic_charges(source, event, self.profile)
