@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import aiohttp
 import httpx
@@ -182,10 +182,13 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.LocalProtocolError)
 
 
+_BAD_URL = "the base URL cannot be used: it must be an absolute http or https URL"
+
+
 def as_ours(error: Exception, host: str) -> DaemonError:
     """Our name for a failure of httpx."""
     if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
-        return PermanentError("the base URL cannot be used: it must be an absolute http or https URL")
+        return PermanentError(_BAD_URL)
     kind = type(error).__name__
     text = str(error)
     problem = f"{host}: {text if text.startswith(kind) else f'{kind}: {text}' if text else kind}"
@@ -286,6 +289,16 @@ def build_url(base_url: str, path: str, params: Sequence[tuple[str, str]]) -> st
     return url + "?" + "&".join(f"{quote(name, safe='')}={quote(value, safe='')}" for name, value in params)
 
 
+def _usable(text: str) -> httpx.URL:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise PermanentError(_BAD_URL) from error
+    if url.scheme not in {"http", "https"} or not url.host or (url.port or 0) > 65_535:
+        raise PermanentError(_BAD_URL)
+    return url
+
+
 class HttpClient:
     """One per process, used by every connection at once.
 
@@ -331,12 +344,13 @@ class HttpClient:
             SchemaDriftError: the answer is larger than `body_bytes_max`.
             PermanentError: the base URL cannot be used at all.
         """
-        host = urlsplit(base_url).hostname or base_url
+        url = _usable(build_url(base_url, path, params))
+        host = url.host
         sent = headers or {}
         if any(not value.isascii() or not value.isprintable() for value in sent.values()):
             raise CredentialError("the key holds a line break or another character that no HTTP header can carry")
         try:
-            request = httpx.Request("GET", build_url(base_url, path, params), headers={**self._headers, **sent})
+            request = httpx.Request("GET", url, headers={**self._headers, **sent})
             response = await self._transport.handle_async_request(request)
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
             raise as_ours(error, host) from error
