@@ -160,7 +160,7 @@ class Settings:
     tick_seconds: int = _setting(300, _whole(1, 86_400), "seconds from one tick to the next; divides a day")
     batch_size: int = _setting(100, _whole(1, 1_000), "connections in one poll batch")
     concurrency: int = _setting(4, _whole(1, 256), "jobs that one process runs at once")
-    batch_budget_s: float = _setting(120.0, _seconds(1, 3_600), "seconds after which a batch hands on its rest")
+    batch_budget_s: float = _setting(240.0, _seconds(1, 3_600), "seconds after which a batch hands on its rest")
     subjob_budget_s: float = _setting(20.0, _seconds(1, 600), "seconds for one source of one connection")
     subjob_tries: int = _setting(3, _whole(1, 10), "tries of a request inside the sub-job")
     drain_s: float = _setting(30.0, _seconds(0, 3_600), "seconds that running jobs get after SIGTERM")

@@ -13,7 +13,8 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -116,19 +117,9 @@ def load_or_create_key_file(path: Path) -> Secret:
     """The key in `path`, made on first use with mode 600. Raises ConfigError when others may read it."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(descriptor, "w", encoding="ascii") as file:
-                file.write(new_key() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            # A link appears whole or not at all, and never replaces a key that another process made meanwhile.
-            os.link(draft, path)
-        except FileExistsError:
-            pass
-        finally:
-            draft.unlink(missing_ok=True)
+        with suppress(FileExistsError):  # another process made one meanwhile: that one counts
+            # A link appears whole or not at all, and never replaces a file.
+            _write(path, new_key(), os.link)
     mode = path.stat().st_mode
     if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
         raise ConfigError([f"secret_key: {path} can be read by others (mode {stat.S_IMODE(mode):o}); chmod 600 {path}"])
@@ -138,3 +129,28 @@ def load_or_create_key_file(path: Path) -> Secret:
     except ValueError as error:
         raise ConfigError([f"secret_key: {path}: {error}"]) from error
     return Secret(text)
+
+
+def add_key_to_file(path: Path) -> Secret:
+    """Put a new key before those of a key file, and return them all. The old ones still open what they sealed."""
+    keys = Secret(f"{new_key()},{load_or_create_key_file(path).reveal()}")
+    _write(path, keys.reveal(), os.replace)
+    return keys
+
+
+def drop_old_keys_from_file(path: Path) -> None:
+    """Keep only the first key: nothing may be sealed under another any more."""
+    _write(path, load_or_create_key_file(path).reveal().partition(",")[0], os.replace)
+
+
+def _write(path: Path, text: str, put: Callable[[Path, Path], None]) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        put(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
