@@ -5,34 +5,97 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import random
 import shutil
-from collections.abc import AsyncIterator, Mapping, Sequence
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import anyio
 import anyio.to_thread
+import structlog
 
+from daemon import __version__, orchestrate
 from daemon.config import Settings
-from daemon.db import embedded, migrate
+from daemon.db import embedded, ledger, migrate, pauses, streams, ticks
 from daemon.db.connections import ConnectionStore, NewConnection, Rotation
-from daemon.db.insights import Check, Insights, Question
+from daemon.db.insights import Check, Gap, Insights, Question, Report, SpendLine, Status, UsageLine
 from daemon.db.pool import Database
-from daemon.db.secrets import Keyring, add_key_to_file, drop_old_keys_from_file, load_or_create_key_file, parse_keys
+from daemon.db.secrets import (
+    Keyring,
+    add_key_to_file,
+    drop_old_keys_from_file,
+    load_or_create_key_file,
+    new_key,
+    parse_keys,
+)
 from daemon.db.tenants import TenantStore
 from daemon.domain.connection import ConnectionId, Identity, Secret, Target
-from daemon.domain.errors import ConfigError, DaemonError, PermanentError, TransientError
-from daemon.domain.job import Summary
+from daemon.domain.errors import ConfigError, DaemonError, PermanentError, TransientError, UsageError
+from daemon.domain.job import Completed, Job, NewJob, Outcome, Summary, WorkerId
 from daemon.domain.ports import Answer
+from daemon.domain.record import Rating
+from daemon.domain.window import EPOCH
 from daemon.http_client import HttpClient, HttpSettings
 from daemon.pollers.registry import Pollers, load_pollers
-from daemon.queue.maintenance import QueueMaintenance
+from daemon.queue.maintenance import DeadDetail, DeadLetter, QueueMaintenance, QueueStats
+from daemon.queue.postgres import PostgresQueue
+from daemon.records.identity import grain_id
+from daemon.records.price import Pricer
+from daemon.sinks.ledger import LedgerSink
+from daemon.triggers.schedule import run_schedule
+from daemon.worker.caller import RetrySettings
+from daemon.worker.governor import Governor, GovernorSettings
+from daemon.worker.ladder import Mode
+from daemon.worker.local import LocalWorker
+from daemon.worker.loop import WorkerLoop
+from daemon.worker.poll import BUDGET_RATIO, POLL, PollDeps, PollOrder, PollSettings, grains_of
+from daemon.worker.run import run_job
+from daemon.worker.seqs import SeqSource
 
-__all__ = ["App", "Check", "NewConnection", "Question", "open_app"]
+BY_HAND_TIMEOUT_S = 3_600.0
+BACKFILL_BATCH = 10
+WATCH_S = 0.2
+MAINTENANCE_S = 300.0
+
+log = structlog.get_logger()
+
+# The commands know this module alone; what they are handed has its names here.
+__all__ = [
+    "App",
+    "BackfillReport",
+    "Check",
+    "DatabaseStatus",
+    "DeadDetail",
+    "DeadLetter",
+    "Gap",
+    "NewConnection",
+    "Question",
+    "QueueStats",
+    "Report",
+    "Rotation",
+    "SpendLine",
+    "Status",
+    "TickReport",
+    "UsageLine",
+    "database_status",
+    "demo",
+    "migrate_database",
+    "new_key",
+    "open_app",
+    "psql_command",
+    "run",
+    "start_database",
+    "stop_database",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +129,10 @@ class App:
     connections: ConnectionStore
     insights: Insights
     queue: QueueMaintenance
+    jobs: PostgresQueue
     pollers: Pollers
     http: HttpClient
+    poll_deps: PollDeps
 
     def cost_sources(self) -> frozenset[tuple[str, str]]:
         """(provider, source) of every source that reports money itself."""
@@ -148,22 +213,107 @@ class App:
         return rotation
 
     async def poll(self, connections: Sequence[ConnectionId], *, full: bool) -> Summary:
-        """Poll these connections now, in this process."""
-        raise NotImplementedError
+        """Poll these connections now, in this process. Raises TransientError for what could not be finished."""
+        mode = Mode.FULL if full else Mode.POLL
+        orders = [PollOrder(ids, mode=mode) for ids in _batches(connections, self.settings.batch_size)]
+        jobs = [NewJob(POLL, order.encode(), timeout_s=BY_HAND_TIMEOUT_S) for order in orders]
+        return await self._run_here(lambda worker: self.jobs.enqueue_leased(jobs, worker))
 
     async def tick(self, slot: datetime | None, *, wait: bool) -> TickReport:
-        """Make the tick of a slot (None: the current one) and, with `wait`, run its batches in this process."""
-        raise NotImplementedError
+        """Make the tick of a slot (None: the current one) and, with `wait`, run its batches in this process.
+
+        Where another process made the tick, `wait` helps with its batches until they are done.
+        """
+        if not wait:
+            made = await orchestrate.tick(self.db, self.jobs, tick_settings(self.settings), slot)
+            await self.jobs.waker.flush()
+            return TickReport(made.slot, made.created, made.connections, made.batches, None)
+        made = orchestrate.Tick(EPOCH, created=False)
+
+        async def lease(worker: WorkerId) -> Sequence[Job]:
+            nonlocal made
+            made = await orchestrate.tick(self.db, self.jobs, tick_settings(self.settings), slot, worker)
+            return made.leased
+
+        summary = await self._run_here(lease)
+        if not made.created:
+            await self._help_until_done(made.slot)
+            _, summary = await ticks.summary_of(self.db, await ticks.jobs_of(self.db, made.slot))
+        return TickReport(made.slot, made.created, made.connections, made.batches, summary)
+
+    async def _run_here(self, lease: Callable[[WorkerId], Awaitable[Sequence[Job]]]) -> Summary:
+        worker = LocalWorker(self.jobs, self.run_job, self.settings.concurrency)
+        ended = await worker.run(lease)
+        failed = [outcome for _, outcome in ended if not isinstance(outcome, Completed)]
+        if failed:
+            raise TransientError(f"{len(failed)} of {len(ended)} batches did not finish: {failed[0].reason}")
+        _, summary = await ticks.summary_of(self.db, [job.id for job, _ in ended])
+        return summary
+
+    async def _help_until_done(self, slot: datetime) -> None:
+        loop = self.worker_loop()
+
+        async def watch() -> None:
+            while await ticks.open_batches(self.db, slot):
+                await anyio.sleep(WATCH_S)  # noqa: ASYNC110 - what is waited for happens in another process
+            loop.stop()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(loop.run)
+            group.start_soon(watch)
+
+    async def run_job(self, job: Job) -> Outcome:
+        """The one worker function, with this process's parts."""
+        return await run_job(job, self.poll_deps)
+
+    def worker_loop(self) -> WorkerLoop:
+        """A claim loop of this process."""
+        return WorkerLoop(
+            self.jobs,
+            self.run_job,
+            concurrency=self.settings.concurrency,
+            drain_s=self.settings.drain_s,
+            info=f"tallyd {__version__} pid {os.getpid()}",
+        )
 
     async def backfill(
         self, connections: Sequence[ConnectionId], start: datetime, end: datetime, *, dry_run: bool
     ) -> BackfillReport:
-        """Enqueue the reading of every bucket in [start, end)."""
-        raise NotImplementedError
+        """Enqueue the reading of every bucket in [start, end), behind the ticks' own work."""
+        orders = [
+            PollOrder(ids, mode=Mode.RANGE, start=start, end=end) for ids in _batches(connections, BACKFILL_BATCH)
+        ]
+        if not dry_run:
+            jobs = [NewJob(POLL, order.encode(), prio=200, timeout_s=BY_HAND_TIMEOUT_S) for order in orders]
+            await self.jobs.enqueue(jobs)
+            await self.jobs.waker.flush()
+        return BackfillReport(len(connections), len(orders), dry_run)
 
     async def regroup(self, tenant: str, name: str, settings: Mapping[str, Any]) -> None:
-        """Replace a connection's settings; where they cut its buckets anew, by a new grain epoch."""
-        raise NotImplementedError
+        """Replace a connection's settings; where they cut a source anew, a new grain owns its next buckets on.
+
+        Raises:
+            UsageError: a setting that the provider does not know, or a change while another is still to come.
+        """
+        connection = await self.connections.get(tenant, name)
+        poller = self.pollers.named(connection.provider)
+        poller.check_settings(settings)
+        now = await self.db.now()
+        await self.connections.set_settings(tenant, name, settings)
+        loaded, _ = await streams.load(
+            self.db, self.keyring, [connection.id], lambda c: grains_of(self.pollers, c), now
+        )
+        for stream in loaded[0].streams.values():
+            grain = poller.grain(stream.source, settings)
+            old = stream.epochs[-1]
+            if grain_id(grain) == old.grain_id:
+                continue
+            boundary = max(grain.width.ceil(now), old.grain.width.ceil(now))
+            async with self.db.transaction() as tx:
+                if not await streams.regroup(tx, stream.id, boundary, grain_id(grain), grain):
+                    raise UsageError(
+                        "settings", f"{stream.source} is to be cut anew at {old.start} already", "try again after that"
+                    )
 
 
 class _OnceCaller:
@@ -209,9 +359,11 @@ async def open_app(settings: Settings, *, is_migrating: bool = True) -> AsyncIte
         stack.push_async_callback(db.close)
         if is_migrating:
             await migrate.migrate(db)
+        queue = PostgresQueue(db)
         secret = settings.secret_key or load_or_create_key_file(settings.key_file)
         keyring = Keyring(parse_keys(secret.reveal()))
         http = await stack.enter_async_context(HttpClient(http_settings(settings)))
+        pollers = load_pollers()
         yield App(
             settings,
             db,
@@ -220,19 +372,107 @@ async def open_app(settings: Settings, *, is_migrating: bool = True) -> AsyncIte
             ConnectionStore(db, keyring),
             Insights(db),
             QueueMaintenance(db),
-            load_pollers(),
+            queue,
+            pollers,
             http,
+            poll_deps(settings, db, queue, keyring, pollers, http),
         )
+
+
+def poll_deps(
+    settings: Settings, db: Database, queue: PostgresQueue, keyring: Keyring, pollers: Pollers, http: HttpClient
+) -> PollDeps:
+    """What poll jobs work with in this process."""
+    pricer = Pricer()
+
+    def price(rating: Rating, at: datetime) -> tuple[Decimal | None, str]:
+        priced = pricer.price(rating, at)
+        return priced.amount, priced.rate_version + (" estimate" if priced.is_estimate else "")
+
+    governor = GovernorSettings(total=settings.poll_concurrency, per_host=settings.poll_concurrency_per_host)
+    return PollDeps(
+        db=db,
+        queue=queue,
+        keyring=keyring,
+        pollers=pollers,
+        http=http,
+        governor=Governor(governor, monotonic),
+        sink=LedgerSink(db),
+        price=price,
+        seqs=SeqSource(db),
+        settings=PollSettings(
+            retry=RetrySettings(tries=settings.subjob_tries, budget_s=settings.subjob_budget_s),
+        ),
+        monotonic=monotonic,
+    )
+
+
+def tick_settings(settings: Settings) -> orchestrate.TickSettings:
+    return orchestrate.TickSettings(
+        settings.tick_seconds, settings.batch_size, batch_timeout_s=settings.batch_budget_s / BUDGET_RATIO
+    )
+
+
+def _days(days: int | None) -> timedelta:
+    return timedelta(days=36_500) if days is None else timedelta(days=days)
+
+
+def _batches(connections: Sequence[ConnectionId], size: int) -> Iterator[list[int]]:
+    for at in range(0, len(connections), size):
+        yield [*connections[at : at + size]]
 
 
 def run(settings: Settings) -> int:
     """The daemon, until SIGTERM or SIGINT. Returns the exit code."""
-    raise NotImplementedError
+    return anyio.run(_serve, settings, backend_options={"use_uvloop": has_uvloop()})
 
 
-def demo(settings: Settings, *, keep: bool) -> int:
-    """The whole road in two minutes, with its verdict as the exit code."""
-    raise NotImplementedError
+def has_uvloop() -> bool:
+    """Uvloop is installed where it exists."""
+    return importlib.util.find_spec("uvloop") is not None
+
+
+async def _serve(settings: Settings) -> int:
+    """Own every service in one task group: a service that crashes ends them all, and the process non-zero."""
+    async with open_app(settings) as app:
+        loop = app.worker_loop()
+        chosen = tick_settings(settings)
+        async with anyio.create_task_group() as services:
+            services.start_soon(run_schedule, settings.tick_seconds, lambda: orchestrate.tick(app.db, app.jobs, chosen))
+            services.start_soon(_maintain, app)
+            services.start_soon(_obey_signals, loop)
+            log.info("daemon.started", version=__version__, pid=os.getpid(), tick_s=settings.tick_seconds)
+            await loop.run()
+            services.cancel_scope.cancel()
+    log.info("daemon.stopped")
+    return 0
+
+
+async def _obey_signals(loop: WorkerLoop) -> None:
+    """The first SIGTERM or SIGINT drains, the second one ends the process now: leases make that safe."""
+    is_draining = False
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            if is_draining:
+                log.warning("daemon.forced", signal=signal.Signals(number).name)
+                os._exit(1)
+            log.info("daemon.draining", signal=signal.Signals(number).name)
+            is_draining = True
+            loop.stop()
+
+
+async def _maintain(app: App) -> None:
+    """Housekeeping that any replica may do, now and then; doing it twice is harmless."""
+    while True:
+        try:
+            await app.queue.prune(attempts_kept=_days(app.settings.retention_attempts_days))
+            await pauses.prune(app.db)
+            await ticks.prune(app.db, app.settings.retention_ticks_days, app.settings.retention_summaries_days)
+            now = await app.db.now()
+            await ledger.make_partitions(app.db, [now, now + timedelta(days=31)])
+        except TransientError as error:
+            log.warning("maintenance.postponed", reason=str(error))
+        await anyio.sleep(MAINTENANCE_S * random.uniform(0.8, 1.2))  # noqa: S311 - spreads replicas, guards nothing
 
 
 @dataclass(frozen=True, slots=True)

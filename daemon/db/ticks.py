@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from daemon.db.pool import Executor, query
 from daemon.domain.connection import ConnectionId
@@ -17,6 +17,8 @@ _HAS = query("has_tick")
 _OPEN_BATCHES = query("tick_open_batches")
 _SUMMARIES = query("summaries_of")
 _JOBS = query("jobs_of_tick")
+_PRUNE_TICKS = query("prune_ticks")
+_PRUNE_SUMMARIES = query("prune_summaries")
 
 
 async def claim(tx: Executor, slot: datetime) -> bool:
@@ -64,3 +66,11 @@ async def summary_of(db: Executor, jobs: Sequence[JobId]) -> tuple[int, Summary]
     assert row is not None
     fields = dict(row)
     return fields.pop("batches"), Summary(**fields)
+
+
+async def prune(db: Executor, ticks_days: int | None, summaries_days: int | None) -> None:
+    """Delete what is older than its retention; None keeps it for ever."""
+    if ticks_days is not None:
+        await db.execute(_PRUNE_TICKS, timedelta(days=ticks_days))
+    if summaries_days is not None:
+        await db.execute(_PRUNE_SUMMARIES, timedelta(days=summaries_days))

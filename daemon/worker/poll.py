@@ -132,7 +132,7 @@ async def run_poll(job: Job, deps: PollDeps) -> Outcome:
     now = await deps.db.now()
     ids = [ConnectionId(id_) for id_ in order.connections]
     loaded, now = await streams.load(
-        deps.db, deps.keyring, ids, lambda c: _grains(deps, c), floor_to(now - _held_reach(deps), 3600)
+        deps.db, deps.keyring, ids, lambda c: grains_of(deps.pollers, c), floor_to(now - _held_reach(deps), 3600)
     )
     deps.governor.learn(await pauses.load(deps.db))
     keeper = Bookkeeper(job, order.slot, deps.sink, deps.queue)
@@ -194,8 +194,9 @@ def _poll_one(order: PollOrder, connection: Connection, end: SourceEnd) -> NewJo
     )
 
 
-def _grains(deps: PollDeps, connection: Connection) -> dict[str, tuple[GrainId, Grain]]:
-    poller = deps.pollers.get(connection.provider)
+def grains_of(pollers: Mapping[str, Poller], connection: Connection) -> dict[str, tuple[GrainId, Grain]]:
+    """Each source of the connection's provider, with the grain that the connection's settings ask for."""
+    poller = pollers.get(connection.provider)
     if poller is None:
         return {}
     grains = {source: poller.grain(source, connection.target.settings) for source in poller.sources}

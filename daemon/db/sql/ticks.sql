@@ -30,3 +30,10 @@ from batch_summary where job_id = any($1::bigint[])
 
 -- name: jobs_of_tick
 select job_id from batch_summary where slot_at = $1 and kind = 'poll'
+
+-- name: prune_ticks
+delete from tick where slot_at in (select slot_at from tick where slot_at < now() - $1::interval order by 1 limit 1000)
+
+-- name: prune_summaries
+delete from batch_summary where job_id in (
+  select job_id from batch_summary where finished_at < now() - $1::interval order by 1 limit 1000)
