@@ -87,7 +87,6 @@ __all__ = [
     "TickReport",
     "UsageLine",
     "database_status",
-    "demo",
     "migrate_database",
     "new_key",
     "open_app",

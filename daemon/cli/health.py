@@ -1,0 +1,91 @@
+"""`tallyd status` and `doctor`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from daemon.cli.arguments import Json
+from daemon.cli.printing import print_json, print_table
+from daemon.cli.session import set_up_logs, settings, with_app
+from daemon.domain.errors import DaemonError
+
+if TYPE_CHECKING:
+    from daemon.app import App, Check, QueueStats, Status
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(status)
+    app.command()(doctor)
+
+
+def status(json: Json = False) -> None:
+    """What is going on: ticks, connections by state, queue, dead letters, lag."""
+
+    async def work(a: App) -> tuple[Status, QueueStats]:
+        return await a.insights.status(), await a.queue.stats()
+
+    found, queue = with_app(work)
+    if json:
+        print_json(
+            {
+                "now": found.now,
+                "tenants": found.tenants,
+                "connections": found.connections,
+                "parked_sources": found.parked_sources,
+                "dead_letters": found.dead_letters,
+                "unpriced_rows": found.unpriced_rows,
+                "lag_s": found.lag_s,
+                "due": found.due,
+                "replicas": found.replicas,
+                "queue": queue,
+                "ticks": found.ticks,
+            }
+        )
+        return
+    rows: list[tuple[str, object]] = [
+        ("tenants", found.tenants),
+        *((f"connections {state}", count) for state, count in sorted(found.connections.items())),
+        ("parked sources", found.parked_sources),
+        ("dead letters", found.dead_letters),
+        ("unpriced rows", found.unpriced_rows),
+        ("due now", found.due),
+        ("lag", None if found.lag_s is None else f"{found.lag_s:.0f} s"),
+        ("replicas", found.replicas),
+        ("jobs waiting", queue.available + queue.scheduled + queue.retryable),
+        ("jobs running", queue.running),
+    ]
+    print_table(("figure", "value"), rows, empty="")
+    ticks = [[t.slot_at, t.connections, f"{t.batches_done}/{t.batches}", t.finished_at] for t in found.ticks]
+    print_table(("slot", "connections", "batches", "finished"), ticks, empty="no tick yet")
+
+
+def doctor(
+    reach: Annotated[bool, typer.Option("--reach", help="Also ask whether each provider's host answers.")] = False,
+    json: Json = False,
+) -> None:
+    """Check the installation and the laws of the ledger; exit 1 if anything fails."""
+    import anyio
+
+    from daemon.app import Check, open_app
+
+    chosen = settings()
+    set_up_logs(chosen)
+
+    async def examine() -> list[Check]:
+        # As found, not as mended: doctor applies no migrations.
+        async with open_app(chosen, is_migrating=False) as a:
+            return await a.doctor(reach=reach)
+
+    try:
+        checks = anyio.run(examine)
+    except DaemonError as error:
+        checks = [Check("database", False, str(error), "check TALLYD_DATABASE_URL and the server")]
+    if json:
+        print_json([{"check": c.name, "ok": c.is_ok, "detail": c.detail, "fix": c.fix or None} for c in checks])
+    else:
+        rows = [["ok" if c.is_ok else "FAILED", c.name, c.detail, None if c.is_ok else c.fix] for c in checks]
+        print_table(("", "check", "found", "fix"), rows, empty="")
+    if not all(check.is_ok for check in checks):
+        raise typer.Exit(1)

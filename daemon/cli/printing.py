@@ -1,0 +1,94 @@
+"""Results to stdout, as a table or as JSON; everything else to stderr.
+
+JSON: times are RFC 3339 in UTC, money is a decimal text, what is unknown is null. Keys are only ever added.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+from daemon.domain.window import rfc3339
+
+
+def _plain(value: object) -> object:
+    """Turn what msgspec cannot write, or would write otherwise, into plain JSON values."""
+    import dataclasses
+
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, datetime):
+        return rfc3339(value)
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def print_json(value: object) -> None:
+    import msgspec
+
+    print(msgspec.json.format(msgspec.json.encode(_plain(value)), indent=2).decode())
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
+    """A rich table; `empty` is said on stderr in place of one without rows."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = [[_cell(value) for value in row] for row in rows]
+    if not lines:
+        note(empty)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    numeric = (
+        [all(isinstance(row[i], int | Decimal | None) for row in rows) for i in range(len(columns))]
+        if isinstance(rows, Sequence)
+        else [False] * len(columns)
+    )
+    for column, is_number in zip(columns, numeric, strict=True):
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=10_000)  # a pipe has no width: never fold what a script may read
+    console.print(table)
+
+
+def _cell(value: object) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case Decimal():
+            return format(value, "f")
+        case datetime():
+            return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
+        case _:
+            return _visible(str(value))
+
+
+def _visible(text: str) -> str:
+    """Names come from providers and from people: control characters must not reach a terminal."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+
+
+def note(text: str) -> None:
+    """A remark for the person, on stderr."""
+    print(_visible(text), file=sys.stderr)
+
+
+def print_error(text: str) -> None:
+    print(f"error: {_visible(text)}", file=sys.stderr)
