@@ -1,8 +1,102 @@
-"""What every test may use."""
+"""What every test may use; above all a real PostgreSQL: one server and one migrated template per test session, a fresh database per test.
 
+`TALLYD_TEST_DATABASE_URL` names a server on which databases can be made; without it the embedded one is started.
+"""
+
+import asyncio
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
 import pytest
+
+from daemon.db.embedded import Cluster
+from daemon.db.migrate import migrate
+from daemon.db.pool import Database
+
+FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "autovacuum_naptime": "5s"}
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+def in_database(url: str, name: str) -> str:
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+def run_sql(url: str, *statements: str) -> None:
+    async def run() -> None:
+        connection = await asyncpg.connect(url)
+        try:
+            for statement in statements:
+                await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    asyncio.run(run())
+
+
+@pytest.fixture(scope="session")
+def server_url() -> Iterator[str]:
+    if url := os.environ.get("TALLYD_TEST_DATABASE_URL"):
+        yield url
+        return
+    folder = Path(tempfile.mkdtemp(prefix="tallyd-tests-"))
+    folder.chmod(0o755)  # as root the server runs as another user
+    cluster = Cluster(folder)
+    try:
+        cluster.create(sync=False)
+        cluster.start(FAST)
+        yield cluster.url()
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def template(server_url: str) -> Iterator[str]:
+    name = f"tallyd_template_{secrets.token_hex(6)}"
+    run_sql(server_url, f"create database {name}")
+
+    async def fill() -> None:
+        db = await Database.open(in_database(server_url, name))
+        await migrate(db)
+        await db.close()
+
+    try:
+        asyncio.run(fill())
+        yield name
+    finally:
+        run_sql(server_url, f"drop database {name} with (force)")
+
+
+@pytest.fixture
+def empty_database_url(server_url: str) -> Iterator[str]:
+    """A database without any schema."""
+    name = f"tallyd_test_{secrets.token_hex(6)}"
+    run_sql(server_url, f"create database {name}")
+    yield in_database(server_url, name)
+    run_sql(server_url, f"drop database {name} with (force)")
+
+
+@pytest.fixture
+def database_url(server_url: str, template: str) -> Iterator[str]:
+    """A migrated database of this test's own."""
+    name = f"tallyd_test_{secrets.token_hex(6)}"
+    run_sql(server_url, f"create database {name} template {template}")
+    yield in_database(server_url, name)
+    run_sql(server_url, f"drop database {name} with (force)")
+
+
+@pytest.fixture
+async def db(database_url: str) -> AsyncIterator[Database]:
+    database = await Database.open(database_url, pool_max=10)
+    yield database
+    await database.close()

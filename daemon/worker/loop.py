@@ -1,0 +1,484 @@
+"""The claim loop: keeps the slots of one worker full, runs its jobs, settles what they return.
+
+Services in one task group: claim, settle, heartbeat, rescue, promote, and the two halves of waking up. Each outlives an
+outage of Postgres; any other failure of one of them ends the loop with that failure. What the loop holds in memory is
+leased in Postgres, so that losing it costs time and no work.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from time import monotonic, perf_counter
+from typing import Protocol
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup
+
+from daemon.domain.errors import StorageUnavailableError, TransientError
+from daemon.domain.job import Completed, Job, JobId, Outcome, Retryable, Settlement, WorkerId
+
+CLAIM_MAX = 500
+FLUSH_AT = 500
+FLUSH_AFTER_S = 0.003
+RESULTS_MAX = 5_000
+POLL_S = (0.5, 2.0)
+BEAT_S = 5.0
+BEAT_TIMEOUT_S = 3.0
+LOST_AFTER_S = 12.0
+FIT_AFTER_S = 15.0
+RESCUE_S = (1.5, 2.5)
+PROMOTE_S_MAX = 1.0
+BACKOFF_S = (0.1, 5.0)
+FAREWELL_S = 10.0
+
+log = structlog.get_logger(__name__)
+
+RunJob = Callable[[Job], Awaitable[Outcome]]
+"""Runs one job and never raises; what escapes it all the same is a defect, and ends the loop."""
+
+
+class _Claimed(Protocol):
+    @property
+    def jobs(self) -> list[Job]: ...
+    @property
+    def last_key(self) -> int: ...
+
+
+class _Promotion(Protocol):
+    @property
+    def moved(self) -> int: ...
+    @property
+    def next_s(self) -> float | None: ...
+
+
+class _Waker(Protocol):
+    async def run(self) -> None: ...
+    async def listen(self, on_wake: Callable[[], None]) -> None: ...
+
+
+class Queue(Protocol):
+    """What the loop needs of a queue; `queue.postgres.PostgresQueue` says what each does."""
+
+    @property
+    def waker(self) -> _Waker: ...
+    async def register_worker(self, info: str = "") -> WorkerId: ...
+    async def stop_worker(self, worker: WorkerId) -> None: ...
+    def heart(self, worker: WorkerId) -> AbstractAsyncContextManager[Callable[[], Awaitable[bool]]]: ...
+    async def claim(self, worker: WorkerId, limit: int, after_key: int = ...) -> _Claimed: ...
+    async def settle(self, settlements: Iterable[Settlement]) -> set[JobId]: ...
+    async def release(self, jobs: Iterable[Job]) -> set[JobId]: ...
+    async def release_others(self, worker: WorkerId, known: Iterable[JobId]) -> set[JobId]: ...
+    async def rescue(self) -> object: ...
+    async def promote(self) -> _Promotion: ...
+
+
+@dataclass(slots=True)
+class Pulse:
+    """What a worker's own heartbeats allow it to do. Instants are monotonic seconds.
+
+    Attributes:
+        last: the newest beat that succeeded.
+        since: from when on none has failed.
+    """
+
+    last: float
+    since: float
+
+    def beat(self, now: float) -> None:
+        if now - self.last >= LOST_AFTER_S:  # the process itself was stopped: others took us for lost
+            self.since = now
+        self.last = now
+
+    def miss(self, now: float) -> None:
+        self.since = now
+
+    def is_lost(self, now: float) -> bool:
+        """Others will soon take our jobs, so they must not go on here."""
+        return now - self.last >= LOST_AFTER_S
+
+    def may_rescue(self, now: float) -> bool:
+        """After an outage everyone looks stale: living peers get the time to beat first."""
+        return now - self.since >= FIT_AFTER_S and now - self.last < LOST_AFTER_S
+
+
+class _Signal:
+    """Wakes the one task that waits for it; what comes before the wait counts too."""
+
+    def __init__(self) -> None:
+        self._event = anyio.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    async def wait(self, timeout_s: float | None = None) -> None:
+        with anyio.move_on_after(timeout_s):
+            await self._event.wait()
+        self._event = anyio.Event()
+
+
+class _Fault:
+    """Logs a fault as it begins and as it ends, not on each try."""
+
+    def __init__(self, service: str) -> None:
+        self._service = service
+        self._is_on = False
+
+    def begin(self, error: Exception) -> None:
+        if not self._is_on:
+            log.warning("worker.storage_lost", service=self._service, problem=str(error))
+        self._is_on = True
+
+    def end(self) -> None:
+        if self._is_on:
+            log.info("worker.storage_regained", service=self._service)
+        self._is_on = False
+
+
+class WorkerLoop:
+    """One worker. `run` ends after `stop`, when everything is settled or given back.
+
+    Args:
+        concurrency: jobs running at once.
+        drain_s: how long `stop` lets running jobs go on before it cancels them.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        run_job: RunJob,
+        *,
+        concurrency: int,
+        drain_s: float,
+        info: str = "",
+        listens: bool = True,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._queue = queue
+        self._run_job = run_job
+        self._concurrency = concurrency
+        self._drain_s = drain_s
+        self._info = info
+        self._listens = listens
+        self._clock = clock
+        self._worker = WorkerId(0)
+        self._pulse = Pulse(0.0, 0.0)
+        self._inbox: deque[Job] = deque()
+        self._running: dict[JobId, anyio.CancelScope] = {}
+        self._is_runner_starting = False
+        self._results: list[Settlement] = []
+        self._settling: list[Settlement] = []
+        self._given_back: list[Job] = []
+        self._is_stopping = False
+        self._stopped = anyio.Event()
+        self._is_claiming = False
+        self._is_held_up = False
+        self._may_hold_unknown = False
+        self._work = _Signal()  # there may be something to claim, or room for it
+        self._ended = _Signal()  # there is something to settle
+        self._full = anyio.Event()
+        self._settled = _Signal()
+        self._due = _Signal()
+        self._beaten = anyio.Event()
+
+    @property
+    def worker(self) -> WorkerId:
+        return self._worker
+
+    def stop(self) -> None:
+        """Drain: claim nothing more, let running jobs end for `drain_s`, give the rest back."""
+        self._is_stopping = True
+        self._stopped.set()
+        self._work.set()
+
+    async def run(self) -> None:
+        """Work until `stop`.
+
+        Raises:
+            StorageUnavailableError: Postgres was away at the start. Whatever else a service or `run_job` raised.
+        """
+        self._worker = await self._queue.register_worker(self._info)
+        now = self._clock()
+        self._pulse = Pulse(now, now)
+        log.info("worker.started", worker_id=self._worker, concurrency=self._concurrency)
+        try:
+            async with anyio.create_task_group() as services:
+                for service in (self._beat, self._guard, self._claim, self._settle, self._rescue, self._promote):
+                    services.start_soon(service, name=service.__name__)
+                services.start_soon(self._queue.waker.run, name="notify")
+                if self._listens:
+                    services.start_soon(self._queue.waker.listen, self._on_wake, name="listen")
+                async with anyio.create_task_group() as runners:
+                    self._runners: TaskGroup = runners
+                    await self._stopped.wait()
+                    await self._drain()
+                services.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise _only(group) from group
+        finally:
+            await self._say_goodbye()
+
+    # Claiming
+
+    async def _claim(self) -> None:
+        cursor = -1
+        delay_s = BACKOFF_S[0]
+        fault = _Fault("claim")
+        while not self._is_stopping:
+            free = self._concurrency - len(self._running) - len(self._inbox)
+            if not self._may_claim() or free < max(1, self._concurrency // 4):
+                await self._work.wait(POLL_S[1])
+                continue
+            self._is_claiming = True
+            try:
+                if self._may_hold_unknown:
+                    await self._queue.release_others(self._worker, self._known())
+                    self._may_hold_unknown = False
+                worker = self._worker
+                claimed = await self._queue.claim(worker, min(free, CLAIM_MAX), cursor)
+            except TransientError as error:
+                # The claim may have taken place all the same, and only its answer was lost.
+                self._may_hold_unknown = True
+                fault.begin(error)
+                await self._pause(delay_s)
+                delay_s = min(BACKOFF_S[1], delay_s * 2)
+                continue
+            finally:
+                self._is_claiming = False
+            fault.end()
+            delay_s = BACKOFF_S[0]
+            cursor = claimed.last_key
+            if not claimed.jobs:
+                await self._work.wait(random.uniform(*POLL_S))  # noqa: S311
+            elif worker != self._worker or self._is_stopping:
+                self._give_back(claimed.jobs)
+            else:
+                log.debug("worker.claimed", jobs=len(claimed.jobs))
+                self._inbox.extend(claimed.jobs)
+                self._start_runner()
+
+    def _may_claim(self) -> bool:
+        waiting = len(self._results) + len(self._settling)
+        self._is_held_up = waiting > (RESULTS_MAX // 2 if self._is_held_up else RESULTS_MAX)
+        return not self._is_held_up and not self._pulse.is_lost(self._clock())
+
+    def _known(self) -> list[JobId]:
+        waiting = (*self._results, *self._settling)
+        return [
+            *self._running,
+            *(job.id for job in self._inbox),
+            *(s.job.id for s in waiting),
+            *(job.id for job in self._given_back),
+        ]
+
+    def _on_wake(self) -> None:
+        self._work.set()
+        self._due.set()
+
+    # Running
+
+    def _start_runner(self) -> None:
+        # A runner starts the next one when it takes a job, so that jobs which never wait share one task.
+        if self._inbox and not self._is_runner_starting:
+            self._is_runner_starting = True
+            self._runners.start_soon(self._run_jobs)
+
+    async def _run_jobs(self) -> None:
+        self._is_runner_starting = False
+        while self._inbox:
+            job = self._inbox.popleft()
+            self._start_runner()
+            await self._run_one(job)
+            free = self._concurrency - len(self._running) - len(self._inbox)
+            if free >= max(1, self._concurrency // 4):
+                self._work.set()
+
+    async def _run_one(self, job: Job) -> None:
+        started = perf_counter()
+        outcome: Outcome | None = None
+        with anyio.CancelScope(deadline=anyio.current_time() + job.timeout_s) as scope:
+            self._running[job.id] = scope
+            try:
+                outcome = await self._run_job(job)
+            finally:
+                del self._running[job.id]
+        if outcome is None and anyio.current_time() < scope.deadline:
+            self._give_back([job])  # cancelled by us
+            return
+        if outcome is None:
+            outcome = Retryable("deadline passed")
+        if not (isinstance(outcome, Completed) and outcome.is_settled):
+            self._results.append(Settlement(job, outcome, int((perf_counter() - started) * 1000)))
+            if len(self._results) >= FLUSH_AT:
+                self._full.set()
+        self._ended.set()
+
+    def _give_back(self, jobs: Iterable[Job]) -> None:
+        self._given_back.extend(jobs)
+        self._ended.set()
+
+    def _cancel_jobs(self) -> None:
+        self._give_back(self._inbox)
+        self._inbox.clear()
+        for scope in self._running.values():
+            scope.cancel()
+
+    # Settling
+
+    async def _settle(self) -> None:
+        delay_s = BACKOFF_S[0]
+        fault = _Fault("settle")
+        while True:
+            if not self._results and not self._given_back and not self._settling:
+                await self._ended.wait()
+            if len(self._results) < FLUSH_AT and not self._settling:
+                self._full = anyio.Event()
+                with anyio.move_on_after(FLUSH_AFTER_S):
+                    await self._full.wait()
+            try:
+                await self._flush()
+                fault.end()
+                delay_s = BACKOFF_S[0]
+            except TransientError as error:
+                fault.begin(error)
+                await self._pause(delay_s)
+                delay_s = min(BACKOFF_S[1], delay_s * 2)
+
+    async def _flush(self) -> None:
+        """Write one batch. What fails stays, and is written again: the fence makes twice the same as once."""
+        if not self._settling:
+            self._settling, self._results = self._results[:FLUSH_AT], self._results[FLUSH_AT:]
+        if self._settling:
+            accepted = await self._queue.settle(self._settling)
+            stale = len(self._settling) - len(accepted)
+            if stale:
+                log.warning("worker.settled_stale", jobs=stale)
+            self._settling = []
+        if self._given_back:
+            released = self._given_back[:CLAIM_MAX]
+            await self._queue.release(released)
+            del self._given_back[: len(released)]
+        if self._is_held_up:
+            self._work.set()
+        self._settled.set()
+
+    # Living
+
+    async def _beat(self) -> None:
+        delay_s = BACKOFF_S[0]
+        fault = _Fault("beat")
+        while True:
+            try:
+                async with self._queue.heart(self._worker) as beat:
+                    while await self._beat_once(beat):
+                        fault.end()
+                        delay_s = BACKOFF_S[0]
+                        await anyio.sleep(BEAT_S)
+            except (TransientError, TimeoutError) as error:
+                self._pulse.miss(self._clock())
+                fault.begin(error)
+                await anyio.sleep(delay_s)
+                delay_s = min(BACKOFF_S[1], delay_s * 2)
+
+    async def _beat_once(self, beat: Callable[[], Awaitable[bool]]) -> bool:
+        with anyio.fail_after(BEAT_TIMEOUT_S):
+            is_known = await beat()
+        now = self._clock()
+        if self._pulse.is_lost(now):
+            self._cancel_jobs()  # the whole process was stopped, and this beat came before the guard
+        if is_known:
+            self._pulse.beat(now)
+            self._beaten.set()
+            return True
+        # Our row is gone: what we hold belongs to others. A new id, as at the start.
+        log.warning("worker.forgotten", worker_id=self._worker)
+        self._cancel_jobs()
+        self._worker = await self._queue.register_worker(self._info)
+        now = self._clock()
+        self._pulse = Pulse(now, now)
+        self._beaten.set()
+        return False
+
+    async def _guard(self) -> None:
+        # Apart from the beats, which may hang in a connection: no job may go on here once others can have it.
+        while True:
+            left_s = self._pulse.last + LOST_AFTER_S - self._clock()
+            if left_s > 0:
+                await anyio.sleep(left_s)
+                continue
+            self._beaten = anyio.Event()
+            log.error("worker.lost", worker_id=self._worker, running=len(self._running))
+            self._cancel_jobs()
+            await self._beaten.wait()
+            self._work.set()
+
+    async def _rescue(self) -> None:
+        fault = _Fault("rescue")
+        while True:
+            await anyio.sleep(random.uniform(*RESCUE_S))  # noqa: S311
+            if not self._pulse.may_rescue(self._clock()):
+                continue
+            try:
+                await self._queue.rescue()
+                fault.end()
+            except TransientError as error:
+                fault.begin(error)
+
+    async def _promote(self) -> None:
+        fault = _Fault("promote")
+        while True:
+            wait_s = PROMOTE_S_MAX
+            try:
+                promotion = await self._queue.promote()
+                fault.end()
+            except TransientError as error:
+                fault.begin(error)
+            else:
+                if promotion.moved:
+                    self._work.set()
+                    continue
+                if promotion.next_s is not None:
+                    wait_s = min(wait_s, max(0.01, promotion.next_s))
+            await self._due.wait(wait_s)
+
+    # Stopping
+
+    async def _drain(self) -> None:
+        log.info("worker.draining", running=len(self._running), waiting=len(self._inbox))
+        self._give_back(self._inbox)
+        self._inbox.clear()
+        with anyio.move_on_after(self._drain_s):
+            while not self._is_idle():
+                await self._settled.wait(POLL_S[0])
+        self._cancel_jobs()
+
+    def _is_idle(self) -> bool:
+        unsettled = self._results or self._settling or self._given_back
+        return not (self._running or self._inbox or unsettled or self._is_claiming)
+
+    async def _say_goodbye(self) -> None:
+        """Settle what ended, give back the rest. Without Postgres the others rescue it within 20 s."""
+        with anyio.move_on_after(FAREWELL_S, shield=True):
+            try:
+                while self._results or self._settling or self._given_back:
+                    await self._flush()
+                await self._queue.stop_worker(self._worker)
+            except StorageUnavailableError as error:
+                log.warning("worker.goodbye_failed", problem=str(error))
+                return
+            log.info("worker.stopped", worker_id=self._worker)
+
+    async def _pause(self, longest_s: float) -> None:
+        await anyio.sleep(random.uniform(longest_s / 2, longest_s))  # noqa: S311
+
+
+def _only(error: BaseException) -> BaseException:
+    """The one exception inside nested groups, if there is but one."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
