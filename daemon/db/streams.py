@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import NamedTuple
 
 import msgspec
@@ -24,9 +24,6 @@ _EPOCHS_OF = query("epochs_of")
 _HELD = query("held_totals")
 _REGROUP = query("regroup")
 _LOCK_STREAM = query("lock_stream")
-
-BEGINNING = datetime.min.replace(tzinfo=UTC)
-"""How `-infinity` reads: the first epoch of a stream owns all of the past."""
 
 GrainOf = Callable[[Connection], Mapping[str, tuple[GrainId, Grain]]]
 """The sources of a connection's provider, each with the grain that its settings ask for."""

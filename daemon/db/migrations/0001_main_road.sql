@@ -64,7 +64,7 @@ create index stream_open on stream (open_job) where open_job is not null;
 
 create table grain_epoch (
   stream_id  bigint not null references stream,
-  start_at   timestamptz not null,                  -- '-infinity' for the first
+  start_at   timestamptz not null,                  -- the Unix epoch for the first
   grain_id   text not null,
   api        text not null,
   width      text not null,

@@ -44,7 +44,7 @@ with given as (
     as g(tenant_id, stream_id, bucket_start, row_key, content_hash, dims, input_tokens, cache_read_tokens,
          cache_write_tokens, output_tokens, requests, quantity, unit, amount, currency, basis,
          rate_version, detail, kind, seq)
-), both as materialized (
+), paired as materialized (
   select g.*, coalesce(o.revision, 0) + 1 as revision, o.input_tokens as o_input, o.cache_read_tokens as o_cache_read,
     o.cache_write_tokens as o_cache_write, o.output_tokens as o_output, o.requests as o_requests,
     o.quantity as o_quantity, o.amount as o_amount
@@ -62,7 +62,7 @@ with given as (
     case when num_nonnulls(requests, o_requests) > 0 then coalesce(requests, 0) - coalesce(o_requests, 0) end,
     case when num_nonnulls(quantity, o_quantity) > 0 then coalesce(quantity, 0) - coalesce(o_quantity, 0) end,
     case when num_nonnulls(amount, o_amount) > 0 then coalesce(amount, 0) - coalesce(o_amount, 0) end
-  from both
+  from paired
 )
 insert into usage_row (tenant_id, stream_id, bucket_start, row_key, revision, content_hash, dims, input_tokens,
   cache_read_tokens, cache_write_tokens, output_tokens, requests, quantity, unit, amount, currency, basis,
@@ -70,7 +70,7 @@ insert into usage_row (tenant_id, stream_id, bucket_start, row_key, revision, co
 select tenant_id, stream_id, bucket_start, row_key, revision, content_hash, dims::jsonb, input_tokens,
   cache_read_tokens, cache_write_tokens, output_tokens, requests, quantity, unit, amount, currency, basis,
   rate_version, detail::jsonb
-from both
+from paired
 on conflict (stream_id, bucket_start, row_key) do update set
   revision = excluded.revision, content_hash = excluded.content_hash, is_tombstone = false,
   input_tokens = excluded.input_tokens, cache_read_tokens = excluded.cache_read_tokens,

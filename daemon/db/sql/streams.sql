@@ -12,7 +12,7 @@ with new as (
   returning id, connection_id, source
 )
 insert into grain_epoch (stream_id, start_at, grain_id, api, width, group_by)
-select n.id, '-infinity', g.grain_id, g.api, g.width, string_to_array(g.group_by, ',')
+select n.id, 'epoch', g.grain_id, g.api, g.width, string_to_array(g.group_by, ',')
 from new n join unnest($2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[])
   as g(connection_id, source, grain_id, api, width, group_by) using (connection_id, source)
 
