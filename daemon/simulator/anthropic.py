@@ -417,10 +417,9 @@ def _actor(org: Org, source: Source, dims: Dims, dim: str) -> Json | str | None:
         email = next((each.email for each in org.cast.keys if each.user == account), None)
         actor: Json = {"type": "user_actor", "user_id": account, "email_address": email, "deleted": False}
     elif service is not None:
-        actor = {"type": "service_account_actor", "service_account_id": service, "name": service}
+        actor = {"type": "service_account_actor", "service_account_id": service}
     elif key is not None:
-        name = next((each.name for each in org.cast.keys if each.id == key), None)
-        actor = {"type": "api_actor", "api_key_id": key, "name": name}
+        actor = {"type": "api_actor", "api_key_id": key}
     else:
         return None
     return actor if dim == "actor" else str(actor["type"])

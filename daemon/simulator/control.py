@@ -206,15 +206,10 @@ def _totals(world: World, query: Query) -> object:
         orgs = [world.org(_provider(query), key)]
     else:
         orgs = [org for org in world.orgs.values() if named in {None, org.provider}]
-    return {
-        "now": _now(world),
-        "orgs": [
-            {
-                "provider": org.provider,
-                "key": org.key,
-                "org_id": org.cast.org_id,
-                "sources": {name: truth_totals(org, name, since, until) for name in _names(org, query)},
-            }
-            for org in orgs
-        ],
-    }
+    listed = []
+    for org in orgs:
+        sources = {name: truth_totals(org, name, since, until) for name in _names(org, query)}
+        listed.append({"provider": org.provider, "key": org.key, "org_id": org.cast.org_id, "sources": sources})
+        if key is None:
+            org.forget()  # ten thousand of them would not fit
+    return {"now": _now(world), "orgs": listed}

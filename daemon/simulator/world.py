@@ -22,7 +22,9 @@ from daemon.simulator.traffic import DAY, HOUR, Event, Profile
 Dims = tuple[str | None, ...]
 Cells = dict[Dims, tuple[int, ...]]
 FOREVER = 1 << 62
-_CACHE_WEIGHT_MAX = 1_500_000
+_EVENTS_MAX = 200_000
+_ROWS_MAX = 1_000_000
+_NOTHING: Cells = {}
 
 
 class Clock:
@@ -96,6 +98,7 @@ class Org:
     _aggregates: dict[tuple[str, int, int], _Aggregate] = field(default_factory=dict)
     _edited: dict[int, list[Edit]] = field(default_factory=dict)
     cached_events: int = 0
+    cached_rows: int = 0
 
     def __post_init__(self) -> None:
         self.cast = traffic.cast(self.provider, self.seed, self.key, self.profile)
@@ -108,11 +111,13 @@ class Org:
         self.serial += 1
         return self.serial
 
-    def forget(self) -> None:
-        """Drop what can be made again."""
+    def forget(self, *, aggregates: bool = False) -> None:
+        """Drop events, which can be made again; and on demand all that was made of them."""
         self._hours.clear()
-        self._aggregates.clear()
         self.cached_events = 0
+        if aggregates:
+            self._aggregates.clear()
+            self.cached_rows = 0
 
     def edit(self, edit: Edit) -> None:
         self.edits.append(edit)
@@ -183,7 +188,7 @@ class Org:
         """What is visible of `start <= at < end`, summed per full set of dimensions. Not to be changed by the caller."""
         return self._aggregate(self.sources[source], start, end).cells
 
-    def _aggregate(self, source: Source, start: int, end: int) -> _Aggregate:
+    def _aggregate(self, source: Source, start: int, end: int, *, keep: bool = True) -> _Aggregate:
         now = self.clock.now()
         known = self._aggregates.get((source.name, start, end))
         if known is not None and known.since <= now < known.until:
@@ -198,14 +203,17 @@ class Org:
                 if at > now:
                     made.until = min(made.until, at)
                     break
-                part = self._aggregate(source, at, step)
+                # Hours are worth keeping beside their sum only while that sum still moves.
+                part = self._aggregate(source, at, step, keep=end > now)
                 made.until = min(made.until, part.until)
                 if source.is_level:
                     made.cells.update(part.cells)
                 else:
                     _add(made.cells, part.cells.items())
                 at = step
-        self._aggregates[source.name, start, end] = made
+        if keep:
+            self._aggregates[source.name, start, end] = made
+            self.cached_rows += 1 + len(made.cells)
         return made
 
     def _of_events(self, source: Source, start: int, end: int, now: int) -> _Aggregate:
@@ -221,7 +229,8 @@ class Org:
             else:
                 _add(cells, ((event.dims, event.counts),))
         # A row whose counts all cancel out is one that the provider no longer lists.
-        return _Aggregate({dims: counts for dims, counts in cells.items() if any(counts)}, now, until)
+        kept = {dims: counts for dims, counts in cells.items() if any(counts)} if cells else _NOTHING
+        return _Aggregate(kept, now, until)
 
     def make(self, count: int, start: int, span: int, *, sources: tuple[str, ...] = ()) -> list[tuple[str, Event]]:
         """`count` more seeded events in `start <= at < start + span`; they are not part of history yet."""
@@ -257,10 +266,6 @@ class Org:
         step = DAY if source.is_cost else HOUR
         first = max(since - since % step, self.first_hour() // step * step)
         return range(first, min(until, self.clock.now() + 1), step)
-
-    @property
-    def weight(self) -> int:
-        return self.cached_events + 4 * len(self._aggregates)
 
 
 def _add(cells: Cells, items: Iterable[tuple[Dims, tuple[int, ...]]]) -> None:
@@ -306,12 +311,16 @@ class World:
         return org
 
     def _evict(self) -> None:
-        weight = sum(org.weight for org in self.orgs.values())
+        """Least recently used organisations forget first."""
+        events = sum(org.cached_events for org in self.orgs.values())
+        rows = sum(org.cached_rows for org in self.orgs.values())
         for org in self.orgs.values():
-            if weight <= _CACHE_WEIGHT_MAX:
+            if events <= _EVENTS_MAX and rows <= _ROWS_MAX:
                 break
-            weight -= org.weight
-            org.forget()
+            events -= org.cached_events
+            is_crowded = rows > _ROWS_MAX
+            rows -= org.cached_rows if is_crowded else 0
+            org.forget(aggregates=is_crowded)
 
 
 def truth_rows(
