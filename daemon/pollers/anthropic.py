@@ -61,20 +61,11 @@ class AnthropicPoller:
         if "group_by" not in settings:
             return
         group_by = settings["group_by"]
-        if isinstance(group_by, Mapping):
-            for source, names in group_by.items():
-                if not isinstance(names, str) and "rbac_group_id" in names:
-                    raise UsageError(
-                        f"settings.group_by.{source}", "rows by rbac_group_id overlap: their sum counts a person twice"
-                    )
-        if api == "reports":
-            check_group_by(group_by, {"messages": reports.USAGE_DIMS, "cost": reports.COST_DIMS})
-            return
-        usage = analytics.USAGE_DIMS
-        check_group_by(group_by, {"messages": usage, "cost": usage | analytics.FREE_DIMS})
-        assert isinstance(group_by, Mapping)
-        for source, names in group_by.items():
-            if len(set(names) - analytics.FREE_DIMS) > analytics.DIMS_MAX:
+        usage, cost = reports.USAGE_DIMS, reports.COST_DIMS
+        if api == "analytics":
+            usage, cost = analytics.USAGE_DIMS, analytics.USAGE_DIMS | analytics.FREE_DIMS
+        for source, names in check_group_by(group_by, {"messages": usage, "cost": cost}, analytics.REFUSED).items():
+            if api == "analytics" and len(set(names) - analytics.FREE_DIMS) > analytics.DIMS_MAX:
                 raise UsageError(f"settings.group_by.{source}", f"more than {analytics.DIMS_MAX} dimensions")
 
     def check_credential(self, credential: str) -> None:

@@ -252,8 +252,14 @@ def _sum_ratings(a: Rating | None, b: Rating | None) -> Rating | None:
 # ── Settings and credentials ────────────────────────────────────────────────────────────────────
 
 
-def check_group_by(setting: object, choices: Mapping[str, frozenset[str]]) -> None:
-    """Raise UsageError unless `setting` maps sources to lists of the dimensions in `choices`."""
+def check_group_by(
+    setting: object, choices: Mapping[str, frozenset[str]], refused: Mapping[str, str] | None = None
+) -> Mapping[str, Sequence[str]]:
+    """The setting itself, once it is proven to map sources to lists of the dimensions in `choices`.
+
+    Args:
+        refused: dimensions that the provider has and we do not take, with the reason.
+    """
     if not isinstance(setting, Mapping):
         raise UsageError(
             "settings.group_by", "must map a source to its dimensions", 'such as {"costs": ["project_id"]}'
@@ -262,14 +268,15 @@ def check_group_by(setting: object, choices: Mapping[str, frozenset[str]]) -> No
         field = f"settings.group_by.{source}"
         if source not in choices:
             raise UsageError(field, "no such source", f"use one of {', '.join(sorted(choices))}")
-        if not isinstance(names, Sequence) or isinstance(names, str):
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise UsageError(field, "must be a list of dimensions")
         for name in names:
             if name not in choices[source]:
-                known = ", ".join(sorted(choices[source])) or "none at all"
-                raise UsageError(field, f"{name!r} cannot be grouped by", f"use some of {known}")
+                reason = (refused or {}).get(name, "no dimension of this source")
+                raise UsageError(field, f"{name}: {reason}", f"use some of {', '.join(sorted(choices[source]))}")
         if len(set(names)) != len(names):
             raise UsageError(field, "names a dimension twice")
+    return setting
 
 
 def check_known(settings: Mapping[str, object], known: Sequence[str]) -> None:

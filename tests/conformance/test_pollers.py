@@ -1,0 +1,424 @@
+"""What every poller must do, source by source: the whole of a window, exactly, or an error that says what to do."""
+
+import json
+from datetime import timedelta
+from decimal import Decimal
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from daemon.domain.errors import (
+    BadRequestError,
+    CredentialError,
+    ForbiddenError,
+    RateLimitedError,
+    SchemaDriftError,
+    UpstreamUnavailableError,
+    UsageError,
+)
+from daemon.domain.record import Totals, totals_of
+from daemon.domain.window import Window
+from tests.conformance.poller_cases import CASES, Case, Script
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.id)
+def case(request):
+    return request.param
+
+
+def read(case: Case, window: Window, *answers):
+    return case.poller.fetch(case.target, case.source, case.grain, window, Script(*answers))
+
+
+def bare(row):
+    """A row without what a provider may add freely."""
+    return row._replace(detail=b"{}", rating=None)
+
+
+def one_bucket(case: Case, *rows, shift=timedelta(0), stretch=timedelta(0)):
+    start, end, _ = case.bucket(case.starts(1)[0], [])
+    return case.page([(start + shift, end + shift + stretch, list(rows))], False, None)
+
+
+async def one_row(case: Case, row):
+    snapshot = await read(case, case.window(1), one_bucket(case, row))
+    return snapshot.buckets[0].rows[0]
+
+
+# ── Chains ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_complete_chain_is_the_whole_truth(case):
+    first, second, third = case.starts(3)
+    script = Script(
+        case.page([case.bucket(first, [case.row(1), case.row(2)])], True, "c1"),
+        case.page([case.bucket(second, [case.row(3)])], True, "c2"),
+        case.page([case.bucket(third, [case.row(1)])], False, None),
+    )
+    snapshot = await case.poller.fetch(case.target, case.source, case.grain, case.window(3), script)
+    assert snapshot.window == case.window(3)
+    assert snapshot.grain == case.grain
+    assert snapshot.pages == 3
+    assert [(bucket.start, sorted(map(bare, bucket.rows))) for bucket in snapshot.buckets] == [
+        (first, [case.means(1), case.means(2)]),
+        (second, [case.means(3)]),
+        (third, [case.means(1)]),
+    ]
+    # The cursor is bound to its query: all else must be the same on each page.
+    first_query, *rest = [script.query(n) for n in range(3)]
+    assert [set(query) - set(first_query) for query in rest] == [{("page", "c1")}, {("page", "c2")}]
+    assert all(set(first_query) <= set(query) for query in rest)
+
+
+async def test_nothing_used_is_an_empty_snapshot(case):
+    snapshot = await read(case, case.window(2), case.page([], False, None))
+    assert snapshot.window == case.window(2)
+    assert [bucket for bucket in snapshot.buckets if bucket.rows] == []
+
+
+async def test_more_pages_without_a_cursor_is_drift(case):
+    page = case.page([case.bucket(case.starts(2)[0], [case.row(1)])], True, None)
+    with pytest.raises(SchemaDriftError, match="cursor"):
+        await read(case, case.window(2), page)
+
+
+async def test_repeating_cursor_is_drift(case):
+    first, second = case.starts(2)
+    pages = [case.page([case.bucket(start, [case.row(1)])], True, "same") for start in (first, second)]
+    with pytest.raises(SchemaDriftError):
+        await read(case, case.window(3), *pages)
+
+
+async def test_chain_without_an_end_is_drift_not_done(case):
+    starts = case.starts(2)
+    count = 0
+
+    def endless(_request):
+        nonlocal count
+        count += 1
+        rows = [case.row(1)]
+        return httpx.Response(200, json=case.page([case.bucket(starts[0], rows)], True, f"c{count}"))
+
+    with pytest.raises(SchemaDriftError, match="no end"):
+        await read(case, case.window(2), endless)
+
+
+async def test_empty_page_with_a_cursor_ends_the_chain(case):
+    page = case.page([case.bucket(case.starts(1)[0], [case.row(1)])], True, "c1")
+    snapshot = await read(case, case.window(1), page, case.page([], True, "c2"), case.page([], True, "c3"))
+    assert [bare(row) for bucket in snapshot.buckets for row in bucket.rows] == [case.means(1)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (httpx.Response(500), UpstreamUnavailableError),
+        (httpx.Response(529), UpstreamUnavailableError),
+        (httpx.Response(429, headers={"retry-after": "3"}), RateLimitedError),
+        (httpx.Response(401), CredentialError),
+        (httpx.Response(403), ForbiddenError),
+        (httpx.Response(200, content=b"<html>Bad gateway</html>"), SchemaDriftError),
+        (httpx.Response(200, content=b'{"data": ['), SchemaDriftError),
+        (httpx.Response(200, content=b""), SchemaDriftError),
+        (httpx.Response(200, json=[]), SchemaDriftError),
+        (httpx.Response(200, json={"data": None, "has_more": False}), SchemaDriftError),
+        (httpx.Response(200, json={"data": []}), SchemaDriftError),
+    ],
+)
+async def test_bad_page_fails_the_whole_chain(case, answer, error):
+    fresh = httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
+    page = case.page([case.bucket(case.starts(2)[0], [case.row(1)])], True, "c1")
+    with pytest.raises(error) as caught:
+        await read(case, case.window(2), page, fresh)
+    if error is RateLimitedError:
+        assert caught.value.retry_after_s == 3
+    if error is SchemaDriftError:
+        assert caught.value.body == answer.content
+
+
+async def test_refusal_carries_the_provider_s_code(case):
+    with pytest.raises(BadRequestError) as caught:
+        await read(case, case.window(1), httpx.Response(404, json=case.error("not_found_error")))
+    assert (caught.value.status, caught.value.code) == (404, "not_found_error")
+
+
+# ── Buckets ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("shift", "stretch"),
+    [
+        (timedelta(minutes=1), timedelta(0)),
+        (timedelta(minutes=1), -timedelta(minutes=1)),
+        (timedelta(0), timedelta(seconds=1)),
+    ],
+    ids=["off the grid", "clipped", "stretched"],
+)
+async def test_bucket_off_the_grid_is_drift(case, shift, stretch):
+    with pytest.raises(SchemaDriftError, match="grid"):
+        await read(case, case.window(1), one_bucket(case, case.row(1), shift=shift, stretch=stretch))
+
+
+async def test_buckets_out_of_order_are_drift(case):
+    first, second = case.starts(2)
+    page = case.page([case.bucket(second, [case.row(1)]), case.bucket(first, [case.row(1)])], False, None)
+    with pytest.raises(SchemaDriftError):
+        await read(case, case.window(2), page)
+
+
+async def test_bucket_split_over_pages(case):
+    """Only a provider that pages by rows may end a page inside a bucket."""
+    (start,) = case.starts(1)
+    pages = [
+        case.page([case.bucket(start, [case.row(1)])], True, "c1"),
+        case.page([case.bucket(start, [case.row(2)])], False, None),
+    ]
+    if not case.is_row_paged:
+        with pytest.raises(SchemaDriftError, match="repeated"):
+            await read(case, case.window(1), *pages)
+        return
+    snapshot = await read(case, case.window(1), *pages)
+    assert [bare(row) for row in snapshot.buckets[0].rows] == [case.means(1), case.means(2)]
+
+
+async def test_hole_between_buckets(case):
+    first, _, third = case.starts(3)
+    page = case.page([case.bucket(first, [case.row(1)]), case.bucket(third, [case.row(1)])], False, None)
+    if case.has_empty_buckets:
+        with pytest.raises(SchemaDriftError, match="hole"):
+            await read(case, case.window(3), page)
+    else:
+        snapshot = await read(case, case.window(3), page)
+        assert [bucket.start for bucket in snapshot.buckets] == [first, third]
+
+
+async def test_window_is_exact_whatever_is_sent_beyond_it(case):
+    first, second, _ = case.starts(3)
+    page = case.page([case.bucket(start, [case.row(1)]) for start in case.starts(3)], False, None)
+    snapshot = await read(case, Window(first, first + case.grain.width.delta), page)
+    assert [bucket.start for bucket in snapshot.buckets] == [first]
+    if case.has_empty_buckets:
+        with pytest.raises(SchemaDriftError, match="before the asked start"):
+            await read(case, Window(second, second + case.grain.width.delta), page)
+
+
+# ── Rows ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_rows_with_equal_dimensions_are_summed(case):
+    page = one_bucket(case, case.row(1), case.row(2), case.row(1))
+    snapshot = await read(case, case.window(1), page)
+    rows = {row.dims: row for row in snapshot.buckets[0].rows}
+    one, two = case.means(1), case.means(2)
+    assert set(rows) == {one.dims, two.dims}
+    assert totals_of((rows[one.dims],)) == totals_of((one, one))
+    assert totals_of((rows[two.dims],)) == totals_of((two,))
+
+
+async def test_order_of_duplicates_does_not_matter(case):
+    rows = [{**case.row(1), "extra": value} for value in ("b", "a", 3)]
+    there = await read(case, case.window(1), one_bucket(case, *rows))
+    back = await read(case, case.window(1), one_bucket(case, *reversed(rows)))
+    assert there.buckets == back.buckets
+
+
+async def test_missing_required_field_is_drift_with_something_to_look_at(case):
+    row = case.row(1)
+    del row[case.required]
+    with pytest.raises(SchemaDriftError) as caught:
+        await read(case, case.window(1), one_bucket(case, row))
+    assert caught.value.body
+
+
+@pytest.mark.parametrize("value", [None, "many", True, [], {}, -1, 1.5, 2**63])
+async def test_required_field_of_another_kind_is_drift(case, value):
+    row = {**case.row(1), case.required: value}
+    if case.set_amount:
+        row = {**case.row(1), "amount": {"value": value, "currency": "usd"} if case.id == "openai-costs" else value}
+        if type(value) in {int, float}:
+            return  # money may be any number
+    with pytest.raises(SchemaDriftError):
+        await read(case, case.window(1), one_bucket(case, row))
+
+
+async def test_missing_optional_field_is_none_not_zero(case):
+    if case.optional is None:
+        pytest.skip("all of its fields are required")
+    row = case.row(1)
+    del row[case.optional]
+    full = bare(await one_row(case, case.row(1)))
+    less = bare(await one_row(case, row))
+    changed = {name for name in full._fields if getattr(full, name) != getattr(less, name)}
+    assert changed
+    assert all(getattr(less, name) is None for name in changed - {"input_tokens"})
+
+
+async def test_unknown_field_is_kept_and_harms_nothing(case):
+    row = {**case.row(1), "zz_new_metric": 7, "aa_new_text": "x"}
+    got = await one_row(case, row)
+    assert bare(got) == case.means(1)
+    detail = json.loads(got.detail)
+    assert detail["zz_new_metric"] == 7
+    assert detail["aa_new_text"] == "x"
+    assert list(detail) == sorted(detail)
+
+
+async def test_null_absent_and_empty_dimensions(case):
+    null = case.row(1)
+    names = [name for name in case.grain.group_by if null[name] is not None]
+    absent = {name: value for name, value in null.items() if name not in names}
+    empty = {**null, **dict.fromkeys(names, "")}
+    null = {**null, **dict.fromkeys(names)}
+    dims = [dict((await one_row(case, row)).dims) for row in (null, absent, empty)]
+    assert dims[0] == dims[1] != dims[2]
+    assert all(dims[0][name] is None and dims[2][name] == "" for name in names)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=5, unique=True))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+async def test_dimension_values_arrive_unchanged_and_apart(case, texts):
+    """Commas, colons, quotes, zero bytes: no two values may meet in one key."""
+    name = next(name for name in case.grain.group_by if case.row(1)[name] is not None)
+    page = one_bucket(case, *({**case.row(1), name: text} for text in texts))
+    snapshot = await read(case, case.window(1), page)
+    assert [dict(row.dims)[name] for row in snapshot.buckets[0].rows] == texts
+
+
+# ── Money ───────────────────────────────────────────────────────────────────────────────────────
+
+MONEY = [case for case in CASES if case.set_amount]
+amounts = st.decimals(
+    min_value=Decimal(-(10**12)), max_value=Decimal(10**12), allow_nan=False, allow_infinity=False
+) | st.builds(
+    lambda digits, places: Decimal(digits).scaleb(-places), st.integers(-(10**25), 10**25), st.integers(0, 40)
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(amount=amounts)
+@pytest.mark.parametrize("form", ["number", "string"])
+@pytest.mark.parametrize("case", MONEY, ids=lambda case: case.id)
+async def test_money_is_exact_in_either_form(case, form, amount):
+    text = str(amount) if form == "number" else f'"{amount}"'
+    body = json.dumps(one_bucket(case, case.set_amount(case.row(1), "@"))).replace('"@"', text).encode()
+    snapshot = await read(case, case.window(1), body)
+    (row,) = snapshot.buckets[0].rows
+    got, factor = row.amount.as_tuple(), case.amount_scale.as_tuple()
+    assert got.digits == amount.as_tuple().digits
+    assert got.sign == amount.as_tuple().sign
+    assert got.exponent == amount.as_tuple().exponent + factor.exponent
+    assert row.currency == "USD"
+
+
+@pytest.mark.parametrize("case", MONEY, ids=lambda case: case.id)
+async def test_sums_of_long_amounts_keep_every_digit(case):
+    rows = [case.set_amount(case.row(1), text) for text in ("1e20", "0.00000000000000000000000000000001", "-1e20")]
+    got = await read(case, case.window(1), one_bucket(case, *rows))
+    assert got.buckets[0].rows[0].amount == Decimal("1e-32") * case.amount_scale
+
+
+@pytest.mark.parametrize(
+    "amount", ["NaN", "Infinity", "-inf", "", " 1", "1_000", "1,5", "$1", "٣", "1e400", "9" * 200, True, None, {}]
+)
+@pytest.mark.parametrize("case", MONEY, ids=lambda case: case.id)
+async def test_what_is_no_amount_is_drift(case, amount):
+    with pytest.raises(SchemaDriftError):
+        await one_row(case, case.set_amount(case.row(1), amount))
+
+
+@pytest.mark.parametrize("case", MONEY, ids=lambda case: case.id)
+async def test_number_with_an_absurd_exponent_is_drift(case):
+    body = json.dumps(one_bucket(case, case.set_amount(case.row(1), "@")))
+    for text in ("1e99999999999999999999", "1e-5000", "NaN"):
+        with pytest.raises(SchemaDriftError):
+            await read(case, case.window(1), body.replace('"@"', text).encode())
+
+
+@pytest.mark.parametrize("case", MONEY, ids=lambda case: case.id)
+async def test_currencies_are_apart(case):
+    euros = json.loads(json.dumps(case.row(1)).replace('"usd"', '"eur"'))
+    snapshot = await read(case, case.window(1), one_bucket(case, case.row(1), euros))
+    assert sorted(row.currency for row in snapshot.buckets[0].rows) == ["EUR", "USD"]
+    assert len({row.dims for row in snapshot.buckets[0].rows}) == 2
+
+
+# ── Totals, settings, keys ──────────────────────────────────────────────────────────────────────
+
+
+async def test_totals_equal_the_grouped_sums_and_ask_ungrouped(case):
+    if not case.poller.sources[case.source].has_totals:
+        pytest.skip("it has none")
+    first, second = case.starts(2)
+    grouped = case.page(
+        [case.bucket(first, [case.row(1), case.row(2)]), case.bucket(second, [case.row(1)])], False, None
+    )
+    snapshot = await read(case, case.window(2), grouped)
+    script = Script(grouped)
+    totals = await case.poller.totals(case.target, case.source, case.grain, case.window(2), script)
+    assert totals == {bucket.start: totals_of(bucket.rows) for bucket in snapshot.buckets}
+    assert Totals() not in totals.values()
+    assert [name for name, _ in script.query(0) if name.startswith("group_by")] == []
+
+
+async def test_probe_sees_what_a_fetch_would(case):
+    if not case.poller.sources[case.source].can_probe:
+        pytest.skip("it has none")
+    (start,) = case.starts(1)
+    script = Script(one_bucket(case, case.row(1)))
+    probe = await case.poller.probe(case.target, case.source, case.grain, case.window(1), script)
+    assert len(script.requests) == 1
+    assert (probe.totals is None) != (probe.digest is None)
+    if probe.totals is not None:
+        assert probe.totals == {start: totals_of((case.means(1),))}
+
+
+async def test_key_travels_in_a_header_alone(case):
+    script = Script(one_bucket(case, case.row(1)))
+    await case.poller.fetch(case.target, case.source, case.grain, case.window(1), script)
+    (request,) = script.requests
+    secret = case.target.credential.reveal()
+    assert secret not in str(request.url)
+    assert any(secret in value for value in request.headers.values())
+
+
+def test_grain_is_sorted_and_follows_the_settings(case):
+    grain = case.grain
+    assert list(grain.group_by) == sorted(set(grain.group_by))
+    some = list(grain.group_by[:1])
+    chosen = {**case.settings, "group_by": {case.source: some}}
+    case.poller.check_settings(chosen)
+    assert case.poller.grain(case.source, chosen).group_by == tuple(some)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"colour": "red"},
+        {"group_by": "model"},
+        {"group_by": {"nothing": []}},
+        {"group_by": {"@": ["colour"]}},
+        {"group_by": {"@": "model"}},
+        {"group_by": {"@": [7]}},
+        {"group_by": {"@": [["model"]]}},
+        {"group_by": {"@": None}},
+    ],
+)
+def test_unknown_settings_are_named(case, setting):
+    text = json.dumps({**case.settings, **setting}).replace("@", case.source)
+    with pytest.raises(UsageError, match="settings"):
+        case.poller.check_settings(json.loads(text))
+
+
+@pytest.mark.parametrize("key", ["", "two words", "line\nbreak", "umläut"])
+def test_text_that_is_no_key_is_refused(case, key):
+    with pytest.raises(CredentialError):
+        case.poller.check_credential(key)
+
+
+def test_key_of_a_gateway_passes(case):
+    case.poller.check_credential("gw-0123456789")
