@@ -23,6 +23,7 @@ from daemon.domain.errors import CredentialError, ForbiddenError, PermanentError
 
 if TYPE_CHECKING:
     from daemon.app import App
+    from daemon.domain.ports import Poller
 
 app = typer.Typer(help="Connections: a tenant's accounts at the providers.", no_args_is_help=True)
 
@@ -33,6 +34,14 @@ CredentialFile = Annotated[Path | None, typer.Option("--credential-file", help="
 CredentialStdin = Annotated[bool, typer.Option("--credential-stdin", help="Read the key from stdin.")]
 AllowInsecure = Annotated[bool, typer.Option("--allow-insecure", help="Allow http:// beyond this machine.")]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Store it without asking the provider.")]
+
+
+def check_kind(poller: Poller, credential: Secret) -> None:
+    """Refuse a key that is plainly of another kind, before anything is sent."""
+    try:
+        poller.check_credential(credential.reveal())
+    except CredentialError as error:
+        raise CredentialError(f"credential: {error}") from error
 
 
 async def prove(a: App, provider: str, base_url: str, credential: Secret, settings: dict[str, Any]) -> Identity:
@@ -82,7 +91,7 @@ def add(
 
         poller = a.pollers.named(provider)
         poller.check_settings(settings or {})
-        poller.check_credential(credential.reveal())
+        check_kind(poller, credential)
         url = parse_base_url(
             "--base-url",
             base_url or poller.default_base_url,
@@ -149,7 +158,7 @@ def list_(
 
 
 @app.command("test")
-def test_(label: Label, json: Json = False) -> None:
+def prove_stored(label: Label, json: Json = False) -> None:
     """Ask the provider whether the stored credential is good; exit 1 if not."""
     tenant, name = parse_label("TENANT/NAME", label)
 
@@ -214,7 +223,7 @@ def set_credential(
         if not found:
             raise UsageError("TENANT/NAME", f"there is no connection {label}", "see `tallyd connections list`")
         stored = found[0]
-        a.pollers.named(stored.provider).check_credential(credential.reveal())
+        check_kind(a.pollers.named(stored.provider), credential)
         identity = Identity(None)
         if not no_check:
             identity = await prove(a, stored.provider, stored.base_url, credential, dict(stored.settings))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -86,7 +87,9 @@ def main(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "tallyd"
         message = getattr(error, "format_message", error.__str__)().rstrip(".")
-        if message:  # a group without a command has printed its help
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the whole help
+            print(message, file=sys.stderr)
+        else:
             print_error(f"{message}; see `{command} --help`")
         return 2
     except ExceptionGroup as group:
