@@ -85,7 +85,8 @@ def _is_secret_field(key: object, value: object) -> bool:
 
 def redact(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     """The last processor before the renderer: nothing passes it unseen."""
-    return {key: MASK if _is_secret_field(key, value) else redact_value(value) for key, value in event.items()}
+    redacted: EventDict = redact_value(event)
+    return redacted
 
 
 def _exception_text(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
