@@ -11,6 +11,9 @@ from pathlib import Path
 
 
 def main(folder: str, user: str, group: str, *stop: str) -> int:
+    if os.fork():
+        return 0  # whoever started us need not wait for us, nor be our parent
+    os.setsid()
     users = os.open(Path(folder, "users.lock"), os.O_RDWR)
     fcntl.flock(users, fcntl.LOCK_EX)  # granted when no process is left that holds it shared
     if Path(folder, "keep").exists():

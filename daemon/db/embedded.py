@@ -371,7 +371,7 @@ def _ensure_watcher(folder: Path, cluster: Cluster) -> None:
     account = cluster.account()
     user, group = account or (-1, -1)
     try:
-        subprocess.Popen(  # noqa: S603
+        subprocess.run(  # noqa: S603 (it forks, and ends at once)
             # -I keeps daemon/db off sys.path, and -S makes it small: it uses the standard library alone.
             [
                 sys.executable,
@@ -387,7 +387,7 @@ def _ensure_watcher(folder: Path, cluster: Cluster) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            start_new_session=True,
+            check=True,
             pass_fds=(lock,),  # the lock belongs to the open file, which the child shares
         )
     finally:
@@ -431,7 +431,10 @@ def _started_at(pid: int) -> float | None:
     import psutil  # type: ignore[import-untyped]  # noqa: PLC0415 (comes with the wheel, and is needed only with it)
 
     try:
-        started: float = psutil.Process(pid).create_time()
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:  # it ended, and in a container nobody may ever ask how
+            return None
+        started: float = process.create_time()
     except psutil.NoSuchProcess:
         return None
     return started
