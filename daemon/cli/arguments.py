@@ -19,7 +19,7 @@ from daemon.domain.errors import UsageError
 from daemon.domain.window import parse_rfc3339
 
 CREDENTIAL_BYTES_MAX = 64 * 1024
-_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Label = Annotated[str, typer.Argument(metavar="TENANT/NAME", help="The connection.")]
@@ -33,7 +33,7 @@ def parse_time(field: str, text: str | None) -> datetime | None:
         return None
     fix = "write it as 2026-11-22T10:00:00Z or 2026-11-22"
     try:
-        if _DATE.fullmatch(text, re.ASCII):
+        if _DATE.fullmatch(text):
             return datetime.fromisoformat(text).replace(tzinfo=UTC)
         if "T" not in text.upper() and " " not in text:
             raise ValueError(f"{text!r} is no time")
