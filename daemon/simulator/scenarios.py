@@ -10,7 +10,7 @@ import msgspec
 
 from daemon.domain.window import from_epoch, parse_rfc3339, rfc3339, to_epoch
 from daemon.simulator.catalogue import COST_SOURCE, MAIN_SOURCE, PICO, Provider, Source
-from daemon.simulator.traffic import DAY, HOUR, Event
+from daemon.simulator.traffic import DAY, HOUR, Event, token
 from daemon.simulator.world import Cells, Dims, Edit, Org, truth_rows
 
 NEW_MODEL = {"openai": "gpt-9-preview-2026-11-01", "anthropic": "claude-next-9-20261101"}
@@ -206,15 +206,15 @@ def _arrival(org: Org, asked: Scenario, action_set: dict[str, str | None]) -> Ed
 
 
 def _equal_amounts(org: Org, asked: Scenario) -> Edit:
-    """Two rows of one bucket that differ in their key alone."""
+    """Two rows of one bucket that differ in their key alone, and in that from every other row."""
     source, event = _new(org, asked, {})
-    people = org.cast.keys
-    other = next((key for key in people if key.id not in event.dims), None)
-    if "api_key_id" not in source.dims or other is None:
-        raise ValueError(f"{source.name} has no second key to give an equal amount")
-    dims = list(event.dims)
-    dims[source.at("api_key_id")] = other.id
-    return org.addition(source.name, [event, event._replace(dims=tuple(dims))], asked.action)
+    place = source.at(_dim(source, "api_key_id"))
+    prefix = "key_" if org.provider == "openai" else "apikey_01"
+    twins = [
+        event._replace(dims=(*event.dims[:place], prefix + token(org.key, org.serial, n), *event.dims[place + 1 :]))
+        for n in range(2)
+    ]
+    return org.addition(source.name, twins, asked.action)
 
 
 def _addition(org: Org, asked: Scenario, row: _Row, delta: tuple[int, ...]) -> Edit:

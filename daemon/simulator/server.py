@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections import Counter
 from collections.abc import Coroutine
 from email.utils import formatdate
@@ -140,11 +142,17 @@ class Connection(asyncio.Protocol):
 
     async def _hold(self, hold_s: float) -> None:
         await asyncio.sleep(hold_s)
-        self.transport.abort()
+        self._abort()
 
     async def _reset(self, head: bytes) -> None:
         self.transport.write(head)
         await asyncio.sleep(0.01)  # let the headers leave before the reset overtakes them
+        self._abort()
+
+    def _abort(self) -> None:
+        """Close with a reset, not an orderly end."""
+        linger = struct.pack("ii", 1, 0)
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.transport.abort()
 
     async def _drip(self, head: bytes, body: bytes, pause_s: float, *, keep_alive: bool) -> None:

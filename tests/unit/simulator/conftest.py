@@ -89,7 +89,8 @@ class Sim:
 async def sim() -> AsyncIterator[Sim]:
     simulator = Simulator(World(1, Clock(instant(NOW), frozen=True)))
     server, connections = await serve(simulator, "127.0.0.1", 0)
-    url = "http://127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+    port = server.sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
     async with httpx.AsyncClient(base_url=url, timeout=5) as client:
         yield Sim(simulator, client)
     server.close()

@@ -27,6 +27,13 @@ CONTRACT = Path(
 )
 
 
+@pytest.fixture(scope="module")
+def document() -> Any:
+    if not CONTRACT.is_file():
+        pytest.skip("the OpenAPI document is not at hand; TALLYD_CONTRACTS names it")
+    return json.loads(CONTRACT.read_text())
+
+
 def path(source: str, start: int = START, **params: Any) -> str:
     where = "costs" if source == "costs" else f"usage/{source}"
     query = "".join(f"&{name}={value}" for name, value in params.items())
@@ -61,10 +68,7 @@ async def test_answers_validate_strictly_against_the_official_sdk(sim: Sim, sour
 
 
 @pytest.mark.parametrize("source", [name for name in SOURCES if name != "decisions"])
-async def test_answers_validate_against_the_published_document(sim: Sim, source: str) -> None:
-    if not CONTRACT.is_file():
-        pytest.skip("the OpenAPI document is not at hand; TALLYD_CONTRACTS names it")
-    document = json.loads(CONTRACT.read_text())
+async def test_answers_validate_against_the_published_document(sim: Sim, document: Any, source: str) -> None:
     await used(sim)
     where = "/organization/costs" if source == "costs" else f"/organization/usage/{source}"
     schema = document["paths"][where]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
@@ -199,7 +203,10 @@ async def test_history_has_floors(sim: Sim) -> None:
     early = at("2025-12-05T00:00:00Z")
     refused = await sim.get(path("costs", early, group_by="api_key_id"))
     assert refused.status_code == 400
-    assert (refused.json()["error"]["param"], refused.json()["error"]["code"]) == ("start_time", "invalid_request_error")
+    assert (refused.json()["error"]["param"], refused.json()["error"]["code"]) == (
+        "start_time",
+        "invalid_request_error",
+    )
     assert (await sim.get(path("costs", early))).status_code == 200
     assert (await sim.get(path("costs", early + 86400, group_by="api_key_id"))).status_code == 200
 
