@@ -212,9 +212,11 @@ class ConnectionStore:
         """Add a connection, or revive the archived one of the same tenant, provider and organisation.
 
         Raises:
-            UsageError: there is no such tenant.
+            UsageError: there is no such tenant, or the name is none.
             ConflictError: the name is taken, or an active connection reads the same organisation already.
         """
+        if not is_name(new.name):
+            raise UsageError("name", f"{new.name!r} is no name", NAME_RULE)
         async with self._db.transaction() as tx:
             tenant_id = await tx.fetchval(_TENANT_LOCK, new.tenant)
             if tenant_id is None:

@@ -229,6 +229,7 @@ async def test_every_law_holds_on_sound_rows(insights: Insights, db: Database) -
         ("update grain_epoch set width = '1d'", "buckets within their grain", "bucket_start 2026-11-20T10:00:00Z"),
         ("update grain_epoch set start_at = '2026-11-21Z'", "buckets within their grain", "bucket_start"),
         ("update grain_epoch set group_by = array['model', 'user_id']", "buckets within their grain", "bucket_start"),
+        ("update grain_epoch set group_by = array['model']", "buckets within their grain", "bucket_start"),
         ("select setval('poll_seq', 8)", "poll_seq ahead of every fence", "newest 9"),
         ("insert into job (kind, body) values ('poll', '')", "jobs in one state each", "states nowhere"),
         (

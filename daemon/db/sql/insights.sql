@@ -113,7 +113,8 @@ where coalesce(b.totals, '{0,0,0,0,0}') <> coalesce(r.totals, '{0,0,0,0,0}')
 limit 20
 
 -- name: law_grain_epochs
--- Every bucket lies on the grid of the epoch that owns it, and its living rows carry that epoch's dimensions.
+-- Every bucket lies on the grid of the epoch that owns it, and its living rows carry that epoch's dimensions. (Money
+-- is cut by its currency besides, whatever was asked for.)
 with owned as (
   select b.stream_id, b.bucket_start, e.group_by,
     case e.width when '1m' then 60 when '1h' then 3600 when '1d' then 86400 end as width_s
@@ -128,8 +129,8 @@ where o.width_s is null or extract(epoch from o.bucket_start) % o.width_s <> 0
   or exists (
     select from usage_row r
     where r.stream_id = o.stream_id and r.bucket_start = o.bucket_start and not r.is_tombstone
-      and (select count(*) filter (where k = any(o.group_by)) <> cardinality(o.group_by)
-             or count(*) <> cardinality(o.group_by) from jsonb_object_keys(r.dims) k))
+      and (not r.dims ?& o.group_by
+           or exists (select from jsonb_object_keys(r.dims) k where k <> all(o.group_by || 'currency'::text))))
 limit 20
 
 -- name: law_poll_seq

@@ -77,6 +77,17 @@ def test_unreachable_database_is_one_line_and_exit_code_1(
     assert '"ok": false' in capsys.readouterr().out
 
 
+def test_interrupt_is_130_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("daemon.app.new_key", interrupted)
+    assert main(["config", "new-key"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_error_text_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["connections", "pause", "\x1b[2Jx"]) == 2
     assert "\x1b" not in capsys.readouterr().err
