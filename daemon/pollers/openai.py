@@ -182,10 +182,6 @@ def _counting(
     return read
 
 
-def _file_searches(row: Fields, dims: Dims) -> Row:
-    return Row(dims, requests=need_count(row, "num_requests"), detail=encode_detail(row))
-
-
 def _costs(row: Fields, dims: Dims) -> Row:
     """Dollars, not cents. The billed quantity stays in the detail: it is in another unit with each line item, and an
     ungrouped read, which the totals of a bucket are compared with, has none.
@@ -218,7 +214,9 @@ _REPORTS: Mapping[str, _Report] = {
     "vector_stores": _Report(frozenset({"project_id"}), _NONE, _counting("usage_bytes", "bytes", None)),
     "code_interpreter_sessions": _Report(frozenset({"project_id"}), _NONE, _counting("num_sessions", "sessions", None)),
     "file_search_calls": _Report(
-        frozenset({"project_id", "user_id", "api_key_id", "vector_store_id"}), _NONE, _file_searches
+        frozenset({"project_id", "user_id", "api_key_id", "vector_store_id"}),
+        _NONE,
+        _counting("num_requests", "searches", None),
     ),
     "web_search_calls": _Report(
         _BASE | {"context_level"},

@@ -276,7 +276,7 @@ CASES = (
     _counting("audio_transcriptions", "seconds", "seconds"),
     _counting("vector_stores", "usage_bytes", "bytes", None),
     _counting("code_interpreter_sessions", "num_sessions", "sessions", None),
-    _openai("file_search_calls", {"num_requests": 4}, {"requests": 4}, "num_requests"),
+    _counting("file_search_calls", "num_requests", "searches", None),
     _counting("web_search_calls", "num_requests", "searches"),
     _openai_costs(),
     _anthropic("messages", {}),

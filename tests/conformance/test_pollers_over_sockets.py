@@ -1,0 +1,319 @@
+"""Every poller against the provider simulator over a real socket: what is read is the simulator's ground truth."""
+
+import asyncio
+import json
+from collections import Counter
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import httpx
+import pytest
+
+from daemon.domain.connection import Secret, Target
+from daemon.domain.errors import (
+    CredentialError,
+    ForbiddenError,
+    HistoryFloorError,
+    RateLimitedError,
+    SchemaDriftError,
+    UpstreamUnavailableError,
+)
+from daemon.domain.record import Totals, totals_of
+from daemon.domain.window import Width, Window, parse_rfc3339, rfc3339
+from daemon.http_client import HttpClient, HttpSettings
+from daemon.pollers.anthropic import AnthropicPoller
+from daemon.pollers.openai import OpenAIPoller
+from daemon.simulator.server import Simulator, serve
+from daemon.simulator.world import Clock, World
+
+pytestmark = pytest.mark.anyio
+
+NOW = datetime(2026, 11, 22, 10, 20, tzinfo=UTC)
+KEYS = {"openai": "sk-admin-conformance", "anthropic": "sk-ant-admin01-conformance"}
+POLLERS = {"openai": OpenAIPoller(now=lambda: NOW), "anthropic": AnthropicPoller(now=lambda: NOW)}
+SOURCES = [(provider, source, {}) for provider, poller in POLLERS.items() for source in poller.sources]
+ANALYTICS = [("anthropic", source, {"api": "analytics"}) for source in POLLERS["anthropic"].sources]
+
+
+@dataclass
+class Bench:
+    """A simulator that listens, and a door to it."""
+
+    url: str
+    client: HttpClient
+    simulator: Simulator
+    settings: dict = field(default_factory=dict)
+
+    async def control(self, method: str, path: str, **asked):
+        async with httpx.AsyncClient(base_url=self.url, trust_env=False) as http:
+            answer = await http.request(method, f"/_sim/{path}", **asked)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def target(self, provider: str, settings) -> Target:
+        base_url = self.url + ("/v1" if provider == "openai" else "")
+        return Target(provider, base_url, Secret(KEYS[provider]), settings)
+
+    def caller(self, provider: str):
+        return Caller(self.client, self.target(provider, {}).base_url)
+
+    async def fetch(self, provider, source, settings, window=None):
+        poller = POLLERS[provider]
+        grain = poller.grain(source, settings)
+        window = window or span(grain.width)
+        return await poller.fetch(self.target(provider, settings), source, grain, window, self.caller(provider))
+
+    async def totals(self, provider, source, settings, window=None):
+        poller = POLLERS[provider]
+        grain = poller.grain(source, settings)
+        window = window or span(grain.width)
+        return await poller.totals(self.target(provider, settings), source, grain, window, self.caller(provider))
+
+    async def truth(self, provider, source, group_by, window):
+        """Rows by bucket and dimensions, as (input, read, write, output, requests, amount, quantity)."""
+        params = [("provider", provider), ("key", KEYS[provider]), ("source", source)]
+        params += [("since", rfc3339(window.start)), ("until", rfc3339(window.end))]
+        params += [("group_by", name) for name in group_by] or [("group_by", "")]
+        rows = (await self.control("GET", "truth", params=params))["sources"][source]
+        return {
+            (parse_rfc3339(row["bucket_start"]), tuple(sorted(row["dims"].items()))): (
+                row["input_tokens"],
+                row["cache_read_tokens"],
+                row["cache_write_tokens"],
+                row["output_tokens"],
+                row["requests"],
+                None if row["amount"] is None else Decimal(row["amount"]),
+                # Of costs, what was billed comes in another unit with each line item, and is kept in the detail.
+                None if row["quantity"] is None or row["amount"] else Decimal(row["quantity"]),
+            )
+            for row in rows
+        }
+
+
+@dataclass
+class Caller:
+    client: HttpClient
+    base_url: str
+
+    async def get(self, path, params=(), headers=None):
+        return await self.client.get(self.base_url, path, params, headers)
+
+
+def span(width: Width) -> Window:
+    end = width.ceil(NOW)
+    return Window(end - (3 * timedelta(days=1) if width is Width.DAY else timedelta(hours=30)), end)
+
+
+def held(snapshot):
+    return {
+        (bucket.start, tuple(pair for pair in row.dims if pair[0] != "currency")): (
+            row.input_tokens,
+            row.cache_read_tokens,
+            row.cache_write_tokens,
+            row.output_tokens,
+            row.requests,
+            row.amount,
+            row.quantity,
+        )
+        for bucket in snapshot.buckets
+        for row in bucket.rows
+    }
+
+
+@asynccontextmanager
+async def listening(profile):
+    simulator = Simulator(World(7, Clock(NOW, frozen=True)))
+    server, connections = await serve(simulator, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        async with HttpClient(HttpSettings(read_timeout_s=5)) as client:
+            bench = Bench(url, client, simulator)
+            for provider, key in KEYS.items():
+                await bench.control("POST", "orgs", json={"provider": provider, "key": key, "profile": profile})
+            yield bench
+    finally:
+        server.close()
+        for connection in list(connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # lets the aborted transports say goodbye
+
+
+@pytest.fixture
+async def bench(anyio_backend):
+    async with listening({"requests_per_hour": 30}) as there:
+        yield there
+
+
+@pytest.mark.parametrize(("provider", "source", "settings"), SOURCES, ids=str)
+async def test_what_is_read_is_the_truth(bench, provider, source, settings):
+    snapshot = await bench.fetch(provider, source, settings)
+    truth = await bench.truth(provider, source, snapshot.grain.group_by, snapshot.window)
+    assert held(snapshot) == truth
+    if source != "decisions":  # no organisation has any unless told to
+        assert truth
+
+
+@pytest.mark.parametrize(("provider", "source", "settings"), [*SOURCES, *ANALYTICS], ids=str)
+async def test_ungrouped_totals_equal_the_sums_of_the_grouped_read(bench, provider, source, settings):
+    snapshot = await bench.fetch(provider, source, settings)
+    totals = await bench.totals(provider, source, settings)
+    assert totals == {bucket.start: totals_of(bucket.rows) for bucket in snapshot.buckets if bucket.rows}
+
+
+@pytest.mark.parametrize(("provider", "source", "settings"), ANALYTICS, ids=str)
+async def test_both_generations_of_anthropic_add_up_to_the_same(bench, provider, source, settings):
+    """Requests apart, which only the newer one counts."""
+    old = await bench.totals(provider, source, {})
+    new = await bench.totals(provider, source, settings)
+    assert {start: sums._replace(requests=0) for start, sums in new.items()} == old
+    assert (await bench.fetch(provider, source, settings)).refreshed_at is not None
+
+
+SHAPES = [
+    {"action": "money_format", "format": "string"},
+    {"action": "money_format", "format": "exponent"},
+    {"action": "unknown_fields"},
+    {"action": "clamp_limit"},
+    {"action": "duplicate_rows"},
+    {"action": "negative_credit"},
+    {"action": "hostile_text"},
+    {"action": "new_enum_value"},
+    {"action": "late_arrival"},
+    {"action": "correction_up"},
+    {"action": "correction_down"},
+    {"action": "vanish_row"},
+    {"action": "vanish_bucket"},
+    {"action": "unpriced_model"},
+    {"action": "attribute"},
+    {"action": "relabel_model"},
+    {"action": "equal_amounts"},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("provider", "source"),
+    [("openai", "completions"), ("openai", "costs"), ("anthropic", "messages"), ("anthropic", "cost")],
+)
+async def test_truth_survives_what_providers_do(bench, provider, source, shape):
+    asked = {"provider": provider, "key": KEYS[provider], **shape}
+    async with httpx.AsyncClient(base_url=bench.url, trust_env=False) as http:
+        answer = await http.post("/_sim/scenario", json=asked)
+    if answer.status_code == 400:
+        pytest.skip(answer.json()["error"]["message"])  # such as a new model in a cost report
+    snapshot = await bench.fetch(provider, source, {})
+    assert held(snapshot) == await bench.truth(provider, source, snapshot.grain.group_by, snapshot.window)
+
+
+async def test_report_beyond_the_row_cap_is_read_in_smaller_pages():
+    async with listening({"requests_per_hour": 60, "row_cap": 40}) as bench:
+        snapshot = await bench.fetch("anthropic", "messages", {})
+        assert held(snapshot) == await bench.truth("anthropic", "messages", snapshot.grain.group_by, snapshot.window)
+        assert snapshot.pages > 1
+        assert bench.simulator.statuses["400"] > 0
+
+
+async def test_history_floor_is_named_until_the_window_is_within_reach():
+    async with listening({"history_days": 60, "lookback_days": 40}) as bench:
+        start = NOW.replace(minute=0) - timedelta(days=800)
+        for days in (730, 365, 180, 90, 30):
+            with pytest.raises(HistoryFloorError) as refused:
+                await bench.fetch("openai", "completions", {}, Window(start, start + timedelta(hours=2)))
+            start = refused.value.earliest
+            assert start == Width.HOUR.ceil(NOW - timedelta(days=days))
+        snapshot = await bench.fetch("openai", "completions", {}, Window(start, start + timedelta(hours=2)))
+        assert len(snapshot.buckets) == 2
+
+
+FAULTS = {
+    "401": CredentialError,
+    "403": ForbiddenError,
+    "408": UpstreamUnavailableError,
+    "429": RateLimitedError,
+    "500": UpstreamUnavailableError,
+    "502": UpstreamUnavailableError,
+    "503": UpstreamUnavailableError,
+    "529": UpstreamUnavailableError,
+    "not_json": SchemaDriftError,
+    "truncated_body": UpstreamUnavailableError,
+    "reset_after_headers": UpstreamUnavailableError,
+    "has_more_without_cursor": SchemaDriftError,
+    "repeat_cursor": SchemaDriftError,
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize(
+    ("provider", "source", "settings"), [SOURCES[0], *ANALYTICS[:1], SOURCES[-2], SOURCES[-1]], ids=str
+)
+async def test_broken_answer_is_an_error_that_says_what_to_do(bench, provider, source, settings, kind):
+    await bench.control("POST", "faults/next", json={"kind": kind, "count": 50, "retry_after_s": 3})
+    with pytest.raises(FAULTS[kind]) as caught:
+        await bench.fetch(provider, source, settings)
+    if kind == "429":
+        assert caught.value.retry_after_s == 3
+    assert KEYS[provider] not in str(caught.value)
+
+
+@pytest.mark.parametrize("retry_after", ["seconds", "date", "ms"])
+async def test_retry_after_in_each_form(bench, retry_after):
+    await bench.control("POST", "faults/next", json={"kind": "429", "retry_after": retry_after, "retry_after_s": 9})
+    with pytest.raises(RateLimitedError) as caught:
+        await bench.fetch("openai", "completions", {})
+    assert caught.value.retry_after_s == pytest.approx(9, abs=1)
+
+
+@pytest.mark.parametrize("kind", ["empty_past_end", "result_field"])
+async def test_odd_but_whole_answers_are_the_truth(bench, kind):
+    await bench.control("POST", "faults/next", json={"kind": kind, "count": 50, "provider": "openai"})
+    for source in ("completions", "costs"):
+        snapshot = await bench.fetch("openai", source, {})
+        assert held(snapshot) == await bench.truth("openai", source, snapshot.grain.group_by, snapshot.window)
+
+
+async def test_identify_names_the_organisation(bench):
+    for provider, poller in POLLERS.items():
+        identity = await poller.identify(bench.target(provider, {}), bench.caller(provider))
+        truth = await bench.control("GET", "truth", params={"provider": provider, "key": KEYS[provider]})
+        assert identity.org_id == truth["org_id"]
+
+
+@pytest.mark.parametrize(("provider", "source", "settings"), [SOURCES[0], ("anthropic", "messages", {})], ids=str)
+async def test_probe_is_one_request_and_equals_the_fetch(bench, provider, source, settings):
+    poller = POLLERS[provider]
+    grain = poller.grain(source, settings)
+    end = grain.width.ceil(NOW)
+    window = Window(end - timedelta(hours=4), end)
+    snapshot = await bench.fetch(provider, source, settings, window)
+    before = Counter(bench.simulator.requests)
+    probe = await poller.probe(bench.target(provider, settings), source, grain, window, bench.caller(provider))
+    assert sum((bench.simulator.requests - before).values()) == 1
+    assert probe.totals == {bucket.start: totals_of(bucket.rows) for bucket in snapshot.buckets if bucket.rows}
+    assert Totals() not in probe.totals.values()
+
+
+async def test_analytics_probe_changes_with_the_stamp(bench):
+    poller = POLLERS["anthropic"]
+    settings = {"api": "analytics"}
+    grain = poller.grain("messages", settings)
+    window = span(grain.width)
+
+    async def digest():
+        target, caller = bench.target("anthropic", settings), bench.caller("anthropic")
+        return (await poller.probe(target, "messages", grain, window, caller)).digest
+
+    first = await digest()
+    assert first == await digest()
+    await bench.control("POST", "advance", json={"seconds": 3600})
+    assert await digest() != first
+
+
+async def test_reads_of_one_moment_are_equal(bench):
+    """Nothing in a snapshot may depend on when or how often it was read, or every poll would be a restatement."""
+    for provider, source, settings in [*SOURCES, *ANALYTICS]:
+        first = await bench.fetch(provider, source, settings)
+        second = await bench.fetch(provider, source, settings)
+        assert json.dumps(first.buckets, default=str) == json.dumps(second.buckets, default=str)
+        assert first == second
