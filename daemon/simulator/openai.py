@@ -7,7 +7,6 @@ Source: openai/openai-openapi of 21 August 2026 and the official SDK 3.54 for th
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import Any
 
 import msgspec
 
@@ -17,6 +16,7 @@ from daemon.simulator.traffic import DAY, token
 from daemon.simulator.wire import (
     Headers,
     Json,
+    Keep,
     Page,
     Query,
     RefusedError,
@@ -202,7 +202,7 @@ def _limit(org: Org, source: Source, width: str, query: Query) -> int:
     return limit
 
 
-def _bucket(org: Org, source: Source, start: int, end: int, shown: tuple[str, ...], keep: Any) -> Json:
+def _bucket(org: Org, source: Source, start: int, end: int, shown: tuple[str, ...], keep: Keep) -> Json:
     cells = org.cells(source.name, start, end)
     rows = [_row(org, source, shown, dims, counts) for dims, counts in group(source, cells, shown, keep).items()]
     if org.wire.duplicate_rows:

@@ -71,7 +71,6 @@ def play(org: Org, asked: Scenario) -> dict[str, object]:
     """
     if asked.action in _WIRE_FLAGS:
         setattr(org.wire, asked.action, asked.enabled)
-        org.version += 1
         return {"action": asked.action, "enabled": asked.enabled}
     if asked.action == "money_format":
         if asked.format not in {"number", "string", "exponent"}:

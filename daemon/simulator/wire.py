@@ -17,6 +17,8 @@ from daemon.simulator.world import Org
 _ENCODER = msgspec.json.Encoder(decimal_format="number")
 Json = dict[str, Any]
 Headers = list[tuple[str, str]]
+Keep = Callable[[tuple[str | None, ...]], bool] | None
+"""A filter on dimensions; None lets everything pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +167,7 @@ def bearer(request: Request) -> str:
     return credential.strip() if scheme.lower() == "bearer" else ""
 
 
-def matcher(places: Sequence[tuple[int, frozenset[str | None]]]) -> Callable[[tuple[str | None, ...]], bool] | None:
-    """A filter on dimensions, or None when everything passes."""
+def matcher(places: Sequence[tuple[int, frozenset[str | None]]]) -> Keep:
     if not places:
         return None
     return lambda dims: all(dims[place] in wanted for place, wanted in places)

@@ -10,7 +10,7 @@ import operator
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -92,11 +92,11 @@ class Org:
     wire: Wire = field(default_factory=Wire)
     edits: list[Edit] = field(default_factory=list)
     serial: int = 0
-    version: int = 0
     cast: traffic.Cast = field(init=False)
     _hours: dict[int, dict[str, list[Event]]] = field(default_factory=dict)
     _aggregates: dict[tuple[str, int, int], _Aggregate] = field(default_factory=dict)
     _edited: dict[int, list[Edit]] = field(default_factory=dict)
+    _grown: dict[int, list[tuple[str, Event]]] = field(default_factory=dict)
     cached_events: int = 0
     cached_rows: int = 0
 
@@ -123,19 +123,20 @@ class Org:
         self.edits.append(edit)
         for hour in edit.hours:
             self._edited.setdefault(hour, []).append(edit)
-        self._changed(edit)
+        self._changed(edit.hours)
 
     def undo(self, edit: Edit) -> None:
         self.edits.remove(edit)
         for hour in edit.hours:
             self._edited[hour].remove(edit)
-        self._changed(edit)
+        self._changed(edit.hours)
 
-    def _changed(self, edit: Edit) -> None:
-        self.version += 1
-        for hour in edit.hours:
+    def _changed(self, hours: Collection[int]) -> None:
+        if not hours:
+            return
+        for hour in hours:
             self._hours.pop(hour, None)
-        low, high = min(edit.hours), max(edit.hours) + HOUR
+        low, high = min(hours), max(hours) + HOUR
         for key in [key for key in self._aggregates if key[1] < high and key[2] > low]:
             del self._aggregates[key]
 
@@ -162,7 +163,7 @@ class Org:
     def _make(self, hour: int) -> dict[str, list[Event]]:
         cost = COST_SOURCE[self.provider]
         made: dict[str, list[Event]] = {}
-        for source, event in self._base(hour):
+        for source, event in (*self._base(hour), *self._grown.get(hour, ())):
             made.setdefault(source, []).append(event)
         edits = self._edited.get(hour, ())
         for edit in edits:
@@ -239,10 +240,14 @@ class Org:
         return list(traffic.hour_events(self.provider, self.cast, profile, rng, start, count, span))
 
     def grow(self, count: int, start: int, end: int) -> list[tuple[str, Event]]:
-        """`count` more seeded events in `start <= at < end`, visible at once."""
+        """`count` more seeded events in `start <= at < end`, visible at once: traffic, which no `restore` undoes."""
         made = [(name, event._replace(visible_at=event.at)) for name, event in self.make(count, start, end - start)]
-        for source in dict.fromkeys(name for name, _ in made):
-            self.edit(self.addition(source, [event for name, event in made if name == source], "grow"))
+        hours = set()
+        for name, event in made:
+            hour = event.at - event.at % HOUR
+            self._grown.setdefault(hour, []).append((name, event))
+            hours.add(hour)
+        self._changed(hours)
         return made
 
     def addition(self, source: str, events: Sequence[Event], action: str) -> Edit:
@@ -259,7 +264,7 @@ class Org:
         )
 
     def first_hour(self) -> int:
-        return min([self.history_from, *self._edited])
+        return min([self.history_from, *self._edited, *self._grown])
 
     def starts(self, source: Source, since: int, until: int) -> range:
         """The buckets of the finest grain inside `since <= t < until` that may hold something."""

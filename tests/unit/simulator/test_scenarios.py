@@ -59,6 +59,19 @@ async def test_the_open_bucket_grows(sim: Sim, provider: str) -> None:
             assert new - old == Decimal(added.get(measure) or 0)
 
 
+async def test_growth_is_no_edit_and_survives_a_restore(sim: Sim) -> None:
+    org = {"provider": "openai", "key": "sk-admin-test"}
+    await sim.scenario("openai", "vanish_row", bucket=HOUR)
+    before = await sim.truth("openai", source="costs", group_by="")
+    added = [(await sim.control("POST", "grow", {**org, "requests": 3}))["added"] for _ in range(20)]
+    restored = await sim.scenario("openai", "restore")
+    assert restored["bucket_start"] == HOUR
+    await sim.scenario("openai", "vanish_row", bucket=HOUR)
+    after = await sim.truth("openai", source="costs", group_by="")
+    old, new = (sum(Decimal(row["amount"]) for row in each["costs"]) for each in (before, after))
+    assert new - old == sum(Decimal(each["costs"]["amount"]) for each in added)
+
+
 @both
 async def test_a_late_arrival_adds_to_a_closed_bucket(sim: Sim, provider: str) -> None:
     before, paid = await rows(sim, provider), await bill(sim, provider)

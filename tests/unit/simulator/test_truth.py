@@ -207,6 +207,24 @@ async def test_history_is_revealed_as_time_passes(sim: Sim) -> None:
     assert steps[-1][1] > steps[0][1]
 
 
+async def test_a_profile_without_a_key_is_for_all_to_come(sim: Sim) -> None:
+    await sim.get(f"/v1/organization/costs?start_time={START}")  # this one has been made already
+    quiet = {"provider": "openai", "profile": {"requests_per_hour": 0}}
+    await sim.control("POST", "orgs", quiet)
+    await sim.control("POST", "orgs", {**quiet, "key": "sk-admin-own", "profile": {"history_days": 1, "live": False}})
+    for key in ("sk-admin-new", "sk-admin-own"):
+        await sim.get(f"/v1/organization/costs?start_time={START}", authorization=f"Bearer {key}")
+    listed = (await sim.client.get("/_sim/truth?totals=1")).json()["orgs"]
+    requests = {org["key"]: org["sources"]["completions"]["requests"] for org in listed}
+    assert requests["sk-admin-new"] == 0
+    assert 0 < requests["sk-admin-own"] < requests["sk-admin-test"]
+    await sim.control("POST", "advance", {"seconds": 7200})
+    again = (await sim.client.get("/_sim/truth?totals=1")).json()["orgs"]
+    later = {org["key"]: org["sources"]["completions"]["requests"] for org in again}
+    assert later["sk-admin-own"] == requests["sk-admin-own"]  # not live
+    assert later["sk-admin-test"] > requests["sk-admin-test"]
+
+
 async def test_the_clock_moves_only_when_told(sim: Sim) -> None:
     assert (await sim.control("GET", "health"))["now"] == NOW
     assert (await sim.control("POST", "advance", {"seconds": 90}))["now"] == "2026-11-22T10:21:30Z"
