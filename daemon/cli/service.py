@@ -32,11 +32,10 @@ def demo(
     json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
     """Show the whole road against simulated providers; exit 0 if ledger equals provider."""
-    from daemon.app import demo as show  # type: ignore[attr-defined]  # written together with the demo
+    from daemon.cli.demo import run_demo
 
-    chosen = settings()
-    set_up_logs(chosen)
-    raise typer.Exit(show(chosen, keep=keep, json=json))
+    set_up_logs(settings())
+    raise typer.Exit(run_demo(keep=keep, as_json=json))
 
 
 def simulate(

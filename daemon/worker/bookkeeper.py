@@ -217,7 +217,7 @@ class Bookkeeper:
 
     async def _follow_up(self, tx: Session, follow_up: FollowUp) -> None:
         """Tiers 2 and 3: one open `poll_one`, and one dead letter, per stream at the most."""
-        retries = [(c, end) for c, end in self._ends() if end.status == "retry"]
+        retries = [(c, end) for c, end in self._ends() if end.status == "retry" and not end.stream.is_open_elsewhere]
         if retries:
             ids = await self._queue.enqueue([follow_up(c, end) for c, end in retries], tx)
             await ledger.open_streams(tx, {end.stream.id: id_ for (_, end), id_ in zip(retries, ids, strict=True)})

@@ -60,14 +60,16 @@ class SourcePlan:
 def is_due(spec: SourceSpec, stream: Stream, mode: Mode, now: datetime, costs_changed_at: datetime | None) -> bool:
     """Whether a poll reads this source at all.
 
+    What a person asks for is read even while the retry queue has the source: the fences keep the two apart.
+
     Args:
         now: the database's time.
         costs_changed_at: when the connection's own cost report last moved: money was spent on something.
     """
-    if stream.is_open_elsewhere:
-        return False
     if mode is not Mode.TICK:
         return True
+    if stream.is_open_elsewhere:
+        return False
     if stream.parked_reason is not None or stream.read_at is None:
         return _is_past(stream.read_at, DAY, now)
     if spec.cadence == "tick" or stream.pending:

@@ -169,8 +169,10 @@ def test_width_that_grows_keeps_the_old_grain_aligned() -> None:
         assert width.floor(chunk.window.end) == chunk.window.end
 
 
-def test_source_in_the_retry_queue_is_left_to_it() -> None:
-    assert not is_due(SPEC, replace(READ, is_open_elsewhere=True), Mode.POLL, NOW, None)
+def test_source_in_the_retry_queue_is_left_to_it_by_ticks_alone() -> None:
+    retried = replace(READ, is_open_elsewhere=True)
+    assert not is_due(SPEC, retried, Mode.TICK, NOW, None)
+    assert is_due(SPEC, retried, Mode.FULL, NOW, None)
 
 
 def test_follower_is_read_when_the_costs_moved_or_a_day_has_passed() -> None:
