@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import signal
+import subprocess
 from typing import TYPE_CHECKING
 
 import typer
@@ -88,8 +89,14 @@ def psql() -> None:
 
     chosen = settings()
     set_up_logs(chosen)
+    # A child, not exec: the embedded server runs for as long as this process holds it.
     command = psql_command(chosen)
-    os.execv(command[0], command)  # noqa: S606 -- psql with the configured database, no shell
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for psql, which sets its own handler
+    try:
+        psql_process = subprocess.run(command, check=False)  # noqa: S603 -- psql with the configured database, no shell
+    finally:
+        signal.signal(signal.SIGINT, before)
+    raise typer.Exit(psql_process.returncode)
 
 
 @app.command("rotate-key")

@@ -10,9 +10,12 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import structlog
+
+from daemon.domain.window import rfc3339
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
@@ -62,6 +65,8 @@ def redact_value(value: Any, depth: int = 0) -> Any:
         return value
     if isinstance(value, str):
         return redact_text(value)
+    if isinstance(value, datetime):
+        return rfc3339(value) if value.tzinfo else value.isoformat()
     if isinstance(value, bytes | bytearray):
         return redact_text(bytes(value).decode("utf-8", "replace"))
     if depth >= _DEPTH_MAX:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -119,12 +120,13 @@ def test_secret_in_a_library_log_is_masked(out: io.StringIO) -> None:
 
 def test_bound_context_is_in_every_line_and_counts_stay(out: io.StringIO) -> None:
     structlog.contextvars.bind_contextvars(job_id=7, token=12)
-    structlog.get_logger().info("job.finished", input_tokens=1200)
+    structlog.get_logger().info("job.finished", input_tokens=1200, slot=datetime(2026, 11, 22, 10, 5, tzinfo=UTC))
     structlog.get_logger().debug("poll.page_fetched")
     (line,) = out.getvalue().splitlines()
     found = json.loads(line)
     assert (found["job_id"], found["token"], found["input_tokens"], found["level"]) == (7, 12, 1200, "info")
     assert found["timestamp"].endswith("Z")
+    assert found["slot"] == "2026-11-22T10:05:00Z"
 
 
 def test_console_style_masks_too() -> None:
