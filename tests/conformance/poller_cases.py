@@ -1,14 +1,16 @@
 """What the poller suite needs to know about one source: how its rows look on the wire, and what they mean.
 
-To run the suite on a poller of your own, describe each of its sources as a `Case` and parametrise the tests of
-`test_pollers.py` over them: `from test_pollers import *` in a module that defines the fixture `case`.
+To run the suite on a poller of your own, describe each of its sources as a `Case`, in a tuple `CASES` of a module of
+yours, and name the module: `TALLYD_POLLER_CASES=my_package.cases pytest tests/conformance/test_pollers.py`.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
+from importlib import import_module
 from typing import Any
 
 import httpx
@@ -264,7 +266,7 @@ def _anthropic(source: str, settings: Mapping[str, Any]) -> Case:
     )
 
 
-CASES = (
+OURS = (
     _openai("completions", _TOKENS, _TOKENS_MEAN, "output_tokens", "input_cached_tokens"),
     _openai("decisions", _TOKENS, _TOKENS_MEAN, "input_tokens", "input_cache_write_tokens"),
     *(
@@ -285,4 +287,5 @@ CASES = (
     _anthropic("cost", ANALYTICS),
 )
 
-__all__ = ["CASES", "NOW", "Bucket", "Case", "Script", "timedelta"]
+_named = os.environ.get("TALLYD_POLLER_CASES")
+CASES: tuple[Case, ...] = import_module(_named).CASES if _named else OURS

@@ -17,10 +17,10 @@ from daemon.domain.errors import (
 )
 from daemon.domain.window import Width, Window, rfc3339
 from daemon.records.price import Pricer
-from tests.conformance.poller_cases import ANALYTICS, ANTHROPIC, CASES, NOW, Script, anthropic_error, reports_page
+from tests.conformance.poller_cases import ANALYTICS, ANTHROPIC, NOW, OURS, Script, anthropic_error, reports_page
 
 pytestmark = pytest.mark.anyio
-BY_ID = {case.id: case for case in CASES if case.poller is ANTHROPIC}
+BY_ID = {case.id: case for case in OURS if case.poller is ANTHROPIC}
 MESSAGES, COST = BY_ID["anthropic-reports-messages"], BY_ID["anthropic-reports-cost"]
 FLAT, FLAT_COST = BY_ID["anthropic-analytics-messages"], BY_ID["anthropic-analytics-cost"]
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)

@@ -11,10 +11,10 @@ from daemon.domain.errors import BadRequestError, CredentialError, HistoryFloorE
 from daemon.domain.ports import Ladder
 from daemon.domain.window import Width, Window, to_epoch
 from daemon.pollers.openai import COSTS_KEY_FLOOR, OpenAIPoller
-from tests.conformance.poller_cases import CASES, NOW, OPENAI, Script, openai_page
+from tests.conformance.poller_cases import NOW, OPENAI, OURS, Script, openai_page
 
 pytestmark = pytest.mark.anyio
-BY_SOURCE = {case.source: case for case in CASES if case.poller is OPENAI}
+BY_SOURCE = {case.source: case for case in OURS if case.poller is OPENAI}
 COMPLETIONS = BY_SOURCE["completions"]
 HOUR = timedelta(hours=1)
 
