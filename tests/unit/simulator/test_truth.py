@@ -251,3 +251,41 @@ async def test_mistakes_in_control_calls_are_loud(sim: Sim, method: str, path: s
     answer: httpx.Response = await sim.client.request(method, f"/_sim/{path}", json=body)
     assert answer.status_code == status
     assert answer.json()["error"]["message"]
+
+
+async def test_filters_select_what_grouping_shows(sim: Sim) -> None:
+    day = f"/v1/organization/usage/completions?start_time={START}&limit=1"
+    for dim, name in (("model", "models"), ("project_id", "project_ids"), ("batch", "batch")):
+        rows = (await sim.json(f"{day}&group_by={dim}"))["data"][0]["results"]
+        for row in rows:
+            value = str(row[dim]).lower() if dim == "batch" else row[dim]
+            alone = (await sim.json(f"{day}&{name}={value}"))["data"][0]["results"]
+            assert [each["output_tokens"] for each in alone] == [row["output_tokens"]]
+        assert len(rows) > 1
+    base = "/v1/organizations/"
+    legacy = f"{base}usage_report/messages?starting_at=2026-11-20T00:00:00Z&limit=1"
+    row = (await sim.json(f"{legacy}&group_by[]=model"))["data"][0]["results"][0]
+    alone = (await sim.json(f"{legacy}&models[]={row['model']}"))["data"][0]["results"]
+    assert [each["output_tokens"] for each in alone] == [row["output_tokens"]]
+    flat = f"{base}analytics/usage?starting_at=2026-11-20T00:00:00Z&ending_at=2026-11-21T00:00:00Z&limit=100"
+    for dim, name in (("api_key_id", "api_key_ids"), ("actor_type", "actor_types"), ("product", "products")):
+        rows = (await sim.json(f"{flat}&group_by[]={dim}"))["data"]
+        for row in rows:
+            if row["group"][dim] is None and dim != "api_key_id":
+                continue
+            # An empty entry matches usage that no key authenticated.
+            alone = (await sim.json(f"{flat}&{name}[]={row['group'][dim] or ''}"))["data"]
+            assert [each["usage"] for each in alone] == [row["usage"]]
+        assert len(rows) > 1
+    assert (await sim.json(f"{flat}&rbac_group_ids[]=none"))["data"] == []
+
+
+def test_memory_is_bounded_and_what_was_forgotten_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daemon.simulator.world._EVENTS_MAX", 2_000)
+    monkeypatch.setattr("daemon.simulator.world._ROWS_MAX", 3_000)
+    world = World(1, Clock(instant(NOW), frozen=True))
+    first = {n: dict(world.org("openai", f"sk-admin-{n}").cells("costs", START, START + 86400)) for n in range(600)}
+    assert sum(org.cached_events > 0 for org in world.orgs.values()) < 150
+    assert all(
+        dict(world.org("openai", f"sk-admin-{n}").cells("costs", START, START + 86400)) == first[n] for n in first
+    )
