@@ -253,8 +253,8 @@ class App:
         loop = self.worker_loop()
 
         async def watch() -> None:
-            while await ticks.open_batches(self.db, slot):
-                await anyio.sleep(WATCH_S)  # noqa: ASYNC110 - what is waited for happens in another process
+            while await ticks.open_batches(self.db, slot):  # noqa: ASYNC110 - it happens in another process
+                await anyio.sleep(WATCH_S)
             loop.stop()
 
         async with anyio.create_task_group() as group:

@@ -38,7 +38,8 @@ from daemon.domain.errors import PermanentError, TransientError
 from daemon.domain.window import Width, parse_rfc3339, rfc3339
 
 TICK_S = 2
-STEP_S = 25.0
+STEP_S = 40.0
+LIMIT_S = 115.0
 HISTORY = timedelta(days=2)
 PROBED = ("completions", "messages")
 CELL = ("tenant", "provider", "source")
@@ -125,6 +126,8 @@ def run_demo(*, keep: bool, as_json: bool) -> int:
     folder.chmod(0o755)  # as root the database server runs as another user
     try:
         verdict = anyio.run(_play, folder, console, keep)
+    except TimeoutError as error:
+        raise TransientError(f"the demo did not end within {LIMIT_S:.0f} s on this machine") from error
     finally:
         embedded.stop(folder)
         shutil.rmtree(folder, ignore_errors=True)
@@ -137,7 +140,7 @@ async def _play(folder: Path, console: Console, keep: bool) -> Verdict:
     settings = load(env={"TALLYD_DATA_DIR": str(folder), "TALLYD_TICK_SECONDS": str(TICK_S)})
     async with AsyncExitStack() as stack:
         progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console)
-        with progress:
+        with anyio.fail_after(LIMIT_S), progress:
             stage = _stages(progress)
             with stage("an embedded PostgreSQL starts"):
                 app = await stack.enter_async_context(open_app(settings))
