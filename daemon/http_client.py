@@ -360,7 +360,12 @@ class HttpClient:
             body = await self._read_error(response)
         finally:
             await response.aclose()
-        failure = error_for(response.status_code, response.headers, body, [v.split()[-1] for v in sent.values() if v])
+        failure = error_for(
+            response.status_code,
+            response.headers,
+            body,
+            [value.split()[-1] for value in sent.values() if value.strip()],
+        )
         if isinstance(failure, TransientError):
             failure.args = (f"{host} {failure}",)
         raise failure

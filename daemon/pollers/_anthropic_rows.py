@@ -7,7 +7,7 @@ from decimal import Decimal
 from daemon.domain.connection import Target
 from daemon.domain.errors import SchemaDriftError
 from daemon.domain.record import Dims, Rating, Row
-from daemon.pollers.chain import EXACT, Fields, encode_detail, money, need_count, take_count
+from daemon.pollers.chain import EXACT, Fields, currency_code, encode_detail, money, need_count, take_count
 
 VERSION = "2023-06-01"
 """`anthropic-version` of the Admin API's documentation, read 2026-09-25. A version never changes under its callers."""
@@ -93,12 +93,9 @@ def usage_row(row: Fields, dims: Dims, requests: int | None) -> Row:
 
 def cost_row(row: Fields, dims: Dims) -> Row:
     """Amounts arrive in cents, with fractions of a cent, and leave in whole units of the currency."""
-    currency = row.pop("currency", None)
-    if type(currency) is not str or not currency:
-        raise SchemaDriftError("a cost has no currency", encode_detail(row))
+    currency = currency_code(row.pop("currency", None))
     amount = from_cents(row.pop("amount", None))
-    currency = currency.upper()
-    if "list_amount" in row and row["list_amount"] is not None:
+    if row.get("list_amount") is not None:
         row["list_amount"] = from_cents(row["list_amount"])
     return Row(
         tuple(sorted((*dims, ("currency", currency)))), amount=amount, currency=currency, detail=encode_detail(row)

@@ -135,6 +135,16 @@ def take_count(row: Fields, name: str) -> int | None:
     raise SchemaDriftError(f"{name} is not a count", repr(value).encode())
 
 
+def part(row: Fields, name: str) -> int:
+    """A count that is a part of another one, left in the row; 0 if it is absent."""
+    value = row.get(name)
+    if value is None:
+        return 0
+    if type(value) is int and 0 <= value <= INT_MAX:
+        return value
+    raise SchemaDriftError(f"{name} is not a count", repr(value).encode())
+
+
 def need_count(row: Fields, name: str) -> int:
     """Remove and return a count that the contract requires."""
     value = take_count(row, name)
@@ -162,6 +172,13 @@ def money(value: object) -> Decimal:
     if value.adjusted() > 30:
         raise SchemaDriftError("an amount is beyond reason")
     return value
+
+
+def currency_code(value: object) -> str:
+    """ISO 4217, upper case."""
+    if type(value) is str and len(value) == 3 and value.isascii() and value.isalpha():
+        return value.upper()
+    raise SchemaDriftError("a cost has no currency", repr(value).encode())
 
 
 def take_dims(row: Fields, names: Sequence[str]) -> Dims:

@@ -27,12 +27,14 @@ from daemon.pollers.chain import (
     check_group_by,
     check_key_kind,
     check_known,
+    currency_code,
     decode,
     encode_detail,
     in_order,
     merge_rows,
     money,
     need_count,
+    part,
     read_pages,
     reading,
     take_count,
@@ -130,10 +132,9 @@ def _completions(row: Fields, dims: Dims) -> Row:
     requests = need_count(row, "num_model_requests")
     cached = take_count(row, "input_cached_tokens")
     written = take_count(row, "input_cache_write_tokens")
-    get = row.get
-    audio, image = get("input_audio_tokens") or 0, get("input_image_tokens") or 0
-    audio_read, image_read = get("input_cached_audio_tokens") or 0, get("input_cached_image_tokens") or 0
-    audio_out, image_out = get("output_audio_tokens") or 0, get("output_image_tokens") or 0
+    audio, image = part(row, "input_audio_tokens"), part(row, "input_image_tokens")
+    audio_read, image_read = part(row, "input_cached_audio_tokens"), part(row, "input_cached_image_tokens")
+    audio_out, image_out = part(row, "output_audio_tokens"), part(row, "output_image_tokens")
     # What is left for text; never below zero, should a modality ever be counted outside its total.
     counts = (
         ("input", max(total - (cached or 0) - (written or 0) - audio - image, 0)),
@@ -187,9 +188,9 @@ def _costs(row: Fields, dims: Dims) -> Row:
     ungrouped read, which the totals of a bucket are compared with, has none.
     """
     amount = row.pop("amount", None)
-    if type(amount) is not dict or type(currency := amount.get("currency")) is not str or not currency:
-        raise SchemaDriftError("a cost has no amount or no currency", encode_detail(row))
-    currency = currency.upper()
+    if type(amount) is not dict:
+        raise SchemaDriftError("a cost has no amount", encode_detail(row))
+    currency = currency_code(amount.get("currency"))
     return Row(
         tuple(sorted((*dims, ("currency", currency)))),
         amount=money(amount.get("value")),

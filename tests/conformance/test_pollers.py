@@ -347,6 +347,14 @@ async def test_currencies_are_apart(case):
     assert len({row.dims for row in snapshot.buckets[0].rows}) == 2
 
 
+@pytest.mark.parametrize("currency", ["null", '""', '"dollars"', '"u$d"', "7", "[]"])
+@pytest.mark.parametrize("case", MONEY, ids=lambda case: case.id)
+async def test_amount_without_a_currency_is_drift(case, currency):
+    body = json.dumps(one_bucket(case, case.row(1))).replace('"usd"', currency).encode()
+    with pytest.raises(SchemaDriftError, match="currency"):
+        await read(case, case.window(1), body)
+
+
 # ── Totals, settings, keys ──────────────────────────────────────────────────────────────────────
 
 

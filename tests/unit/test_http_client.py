@@ -146,7 +146,7 @@ async def test_error_text_never_repeats_the_key(status):
     body = json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}", "code": "x"}}).encode()
     transport = httpx.MockTransport(lambda _request: httpx.Response(status, content=body))
     async with HttpClient(transport=transport) as client:
-        for headers in ({"authorization": f"Bearer {KEY}"}, {"x-api-key": KEY}):
+        for headers in ({"authorization": f"Bearer {KEY}"}, {"x-api-key": KEY, "x-blank": " "}):
             with pytest.raises((PermanentError, TransientError)) as caught:
                 await client.get(BASE, "/x", headers=headers)
             assert KEY not in str(caught.value)

@@ -153,6 +153,18 @@ async def test_rating_counts_do_not_overlap():
     assert sum(counts.values()) == row.input_tokens + row.output_tokens
 
 
+@pytest.mark.parametrize("value", ["1", -1, 1.5, True, [], 2**63])
+async def test_part_that_is_no_count_is_drift(value):
+    with pytest.raises(SchemaDriftError, match="output_audio_tokens"):
+        await read_row(output_audio_tokens=value)
+
+
+async def test_part_larger_than_its_whole_never_counts_below_zero():
+    row = await read_row(model="gpt-realtime", output_tokens=5, output_audio_tokens=8)
+    assert dict(row.rating.counts)["output_audio"] == 8
+    assert "output" not in dict(row.rating.counts)
+
+
 @pytest.mark.parametrize(
     ("fields", "context"),
     [
