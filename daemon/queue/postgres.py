@@ -1,4 +1,4 @@
-"""The durable queue on Postgres: rules and reasons in docs/explanation/queue.md, statements in `db/sql/queue.sql`.
+"""The durable queue on Postgres: statements in `db/sql/queue.sql`.
 
 A job is one row in exactly one of `ready`, `due`, `lease` and `dead`, its body apart in `job`. Moving it is one
 statement, and every write about a running job matches `(id, token)`: what comes back was accepted.

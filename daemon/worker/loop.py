@@ -19,7 +19,7 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from daemon.domain.errors import StorageUnavailableError, TransientError
+from daemon.domain.errors import DaemonError, TransientError
 from daemon.domain.job import Completed, Job, JobId, Outcome, Retryable, Settlement, WorkerId
 
 CLAIM_MAX = 500
@@ -467,11 +467,14 @@ class WorkerLoop:
             try:
                 while self._results or self._settling or self._given_back:
                     await self._flush()
+            except DaemonError as error:
+                log.error("worker.results_lost", waiting=len(self._results), problem=str(error))
+            try:
                 await self._queue.stop_worker(self._worker)
-            except StorageUnavailableError as error:
+            except DaemonError as error:
                 log.warning("worker.goodbye_failed", problem=str(error))
-                return
-            log.info("worker.stopped", worker_id=self._worker)
+            else:
+                log.info("worker.stopped", worker_id=self._worker)
 
     async def _pause(self, longest_s: float) -> None:
         await anyio.sleep(random.uniform(longest_s / 2, longest_s))  # noqa: S311

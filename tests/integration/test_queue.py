@@ -42,14 +42,15 @@ STEPS = st.lists(
         st.tuples(
             st.just("enqueue"), st.integers(1, 4), st.sampled_from([0, 0, 30]), st.sampled_from([None, "x", "y"])
         ),
-        st.tuples(st.just("claim"), st.integers(0, 1), st.integers(1, 4)),
+        st.tuples(st.just("claim"), st.integers(0, 1), st.integers(2, 8)),
+        st.tuples(st.just("claim"), st.integers(0, 1), st.integers(2, 8)),
         st.tuples(st.just("settle"), st.integers(0, 5), st.sampled_from(OUTCOMES)),
         st.tuples(st.just("release"), st.integers(0, 5)),
         st.tuples(st.just("crash"), st.integers(0, 1)),
         st.tuples(st.just("time"), st.sampled_from([1, 20, 4000])),
         st.tuples(st.sampled_from(["rescue", "promote", "replay", "drop", "forward", "cancel", "prune"])),
     ),
-    min_size=5,
+    min_size=10,
     max_size=40,
 )
 
@@ -102,6 +103,7 @@ class History:
             case "crash":
                 await self.db.execute("update worker set seen_at = '-infinity' where id = $1", self.workers[args[0]])
                 self.workers[args[0]] = await self.queue.register_worker()
+                await self.queue.rescue()
             case "time":
                 for table, column in (("due", "run_at"), ("dedup", "expires_at"), ("lease", "lease_until")):
                     await self.db.execute(
