@@ -467,8 +467,8 @@ class WorkerLoop:
             try:
                 while self._results or self._settling or self._given_back:
                     await self._flush()
-            except DaemonError as error:
-                log.error("worker.results_lost", waiting=len(self._results), problem=str(error))
+            except DaemonError:
+                log.exception("worker.results_lost", waiting=len(self._results))
             try:
                 await self._queue.stop_worker(self._worker)
             except DaemonError as error:
