@@ -15,9 +15,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
@@ -44,14 +45,12 @@ from daemon.domain.job import Completed, Job, NewJob, Outcome, Summary, WorkerId
 from daemon.domain.ports import Answer
 from daemon.domain.record import Rating
 from daemon.domain.window import EPOCH
-from daemon.http_client import HttpClient, HttpSettings
 from daemon.pollers.registry import Pollers, load_pollers
 from daemon.queue.maintenance import DeadDetail, DeadLetter, QueueMaintenance, QueueStats
 from daemon.queue.postgres import PostgresQueue
 from daemon.records.identity import grain_id
 from daemon.records.price import Pricer
 from daemon.sinks.ledger import LedgerSink
-from daemon.triggers.schedule import run_schedule
 from daemon.worker.caller import RetrySettings
 from daemon.worker.governor import Governor, GovernorSettings
 from daemon.worker.ladder import Mode
@@ -60,6 +59,9 @@ from daemon.worker.loop import WorkerLoop
 from daemon.worker.poll import BUDGET_RATIO, POLL, PollDeps, PollOrder, PollSettings, grains_of
 from daemon.worker.run import run_job
 from daemon.worker.seqs import SeqSource
+
+if TYPE_CHECKING:
+    from daemon.http_client import HttpClient, HttpSettings
 
 BY_HAND_TIMEOUT_S = 3_600.0
 BACKFILL_BATCH = 10
@@ -117,9 +119,9 @@ class BackfillReport:
     is_dry_run: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class App:
-    """What the commands work with."""
+    """What the commands work with. What only some of them need is made when it is first asked for."""
 
     settings: Settings
     db: Database
@@ -130,8 +132,22 @@ class App:
     queue: QueueMaintenance
     jobs: PostgresQueue
     pollers: Pollers
-    http: HttpClient
-    poll_deps: PollDeps
+
+    @cached_property
+    def http(self) -> HttpClient:
+        from daemon.http_client import HttpClient  # noqa: PLC0415 - takes 0.3 s to import
+
+        return HttpClient(http_settings(self.settings))
+
+    @cached_property
+    def poll_deps(self) -> PollDeps:
+        """What poll jobs work with in this process."""
+        return poll_deps(self.settings, self.db, self.jobs, self.keyring, self.pollers, self.http)
+
+    async def aclose(self) -> None:
+        """Close what was made on demand."""
+        if "http" in self.__dict__:
+            await self.http.aclose()
 
     def cost_sources(self) -> frozenset[tuple[str, str]]:
         """(provider, source) of every source that reports money itself."""
@@ -329,6 +345,8 @@ class _OnceCaller:
 
 
 def http_settings(settings: Settings) -> HttpSettings:
+    from daemon.http_client import HttpSettings  # noqa: PLC0415 - takes 0.3 s to import
+
     return HttpSettings(
         connect_timeout_s=settings.http_connect_timeout_s,
         read_timeout_s=settings.http_read_timeout_s,
@@ -361,9 +379,7 @@ async def open_app(settings: Settings, *, is_migrating: bool = True) -> AsyncIte
         queue = PostgresQueue(db)
         secret = settings.secret_key or load_or_create_key_file(settings.key_file)
         keyring = Keyring(parse_keys(secret.reveal()))
-        http = await stack.enter_async_context(HttpClient(http_settings(settings)))
-        pollers = load_pollers()
-        yield App(
+        app = App(
             settings,
             db,
             keyring,
@@ -372,10 +388,10 @@ async def open_app(settings: Settings, *, is_migrating: bool = True) -> AsyncIte
             Insights(db),
             QueueMaintenance(db),
             queue,
-            pollers,
-            http,
-            poll_deps(settings, db, queue, keyring, pollers, http),
+            load_pollers(),
         )
+        stack.push_async_callback(app.aclose)
+        yield app
 
 
 def poll_deps(
@@ -433,6 +449,8 @@ def has_uvloop() -> bool:
 
 async def _serve(settings: Settings) -> int:
     """Own every service in one task group: a service that crashes ends them all, and the process non-zero."""
+    from daemon.triggers.schedule import run_schedule  # noqa: PLC0415 - only the daemon needs it
+
     async with open_app(settings) as app:
         loop = app.worker_loop()
         chosen = tick_settings(settings)
