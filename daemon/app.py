@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
+import stamina
 import structlog
 
 from daemon import __version__, orchestrate
@@ -399,6 +400,7 @@ def poll_deps(
 ) -> PollDeps:
     """What poll jobs work with in this process."""
     pricer = Pricer()
+    stamina.instrumentation.set_on_retry_hooks([])  # tries are counted with the requests; a failure is logged once
 
     def price(rating: Rating, at: datetime) -> tuple[Decimal | None, str]:
         priced = pricer.price(rating, at)
@@ -417,6 +419,7 @@ def poll_deps(
         seqs=SeqSource(db),
         settings=PollSettings(
             retry=RetrySettings(tries=settings.subjob_tries, budget_s=settings.subjob_budget_s),
+            keep=_days(settings.retention_ledger_days),
         ),
         monotonic=monotonic,
     )
@@ -428,8 +431,8 @@ def tick_settings(settings: Settings) -> orchestrate.TickSettings:
     )
 
 
-def _days(days: int | None) -> timedelta:
-    return timedelta(days=36_500) if days is None else timedelta(days=days)
+def _days(days: int | None) -> timedelta | None:
+    return None if days is None else timedelta(days=days)
 
 
 def _batches(connections: Sequence[ConnectionId], size: int) -> Iterator[list[int]]:
@@ -458,6 +461,8 @@ async def _serve(settings: Settings) -> int:
             services.start_soon(run_schedule, settings.tick_seconds, lambda: orchestrate.tick(app.db, app.jobs, chosen))
             services.start_soon(_maintain, app)
             services.start_soon(_obey_signals, loop)
+            for problem in app.pollers.problems.values():
+                log.error("poller.refused", problem=problem)
             log.info("daemon.started", version=__version__, pid=os.getpid(), tick_s=settings.tick_seconds)
             await loop.run()
             services.cancel_scope.cancel()
@@ -480,11 +485,18 @@ async def _obey_signals(loop: WorkerLoop) -> None:
 
 async def _maintain(app: App) -> None:
     """Housekeeping that any replica may do, now and then; doing it twice is harmless."""
+    settings = app.settings
     while True:
         try:
-            await app.queue.prune(attempts_kept=_days(app.settings.retention_attempts_days))
+            await app.queue.prune(
+                attempts_kept=_days(settings.retention_attempts_days) or timedelta(days=36_500),
+                dead_kept=_days(settings.retention_dead_days),
+            )
+            if ledger_kept := _days(settings.retention_ledger_days):
+                for month in await ledger.drop_months(app.db, ledger_kept):
+                    log.info("ledger.month_dropped", partition=month)
             await pauses.prune(app.db)
-            await ticks.prune(app.db, app.settings.retention_ticks_days, app.settings.retention_summaries_days)
+            await ticks.prune(app.db, settings.retention_ticks_days, settings.retention_summaries_days)
             now = await app.db.now()
             await ledger.make_partitions(app.db, [now, now + timedelta(days=31)])
         except TransientError as error:

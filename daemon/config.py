@@ -167,7 +167,6 @@ class Settings:
 
     poll_concurrency: int = _setting(64, _whole(1, 2_000), "requests to providers in flight, whole process")
     poll_concurrency_per_host: int = _setting(32, _whole(1, 2_000), "requests in flight to one host")
-    poll_concurrency_per_connection: int = _setting(1, _whole(1, 32), "requests in flight for one connection")
 
     http_connect_timeout_s: float = _setting(5.0, _seconds(0.1, 120), "seconds to open a connection")
     http_read_timeout_s: float = _setting(15.0, _seconds(0.1, 600), "seconds between two pieces of an answer")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from daemon.db.pool import Executor, query
+from daemon.db.pool import Database, Executor, query
 from daemon.domain.connection import ConnectionId, StreamId, TenantId
 from daemon.domain.job import JobId, Summary
 from daemon.domain.record import HASH_VERSION, GrainId, Pending, ReadyRow, Stored, Totals
@@ -29,6 +29,9 @@ _REMEMBER_DEAD = query("remember_dead")
 _END_CONNECTIONS = query("end_connections")
 _MAKE_PARTITIONS = query("make_partitions")
 _NEXT_SEQS = query("next_seqs")
+_OLD_MONTHS = query("old_ledger_months")
+_DELETE_ROWS = query("delete_rows_before")
+_DELETE_BUCKETS = query("delete_buckets_before")
 _WRITE_SUMMARY = query("write_summary")
 
 BucketId = tuple[StreamId, datetime]
@@ -107,6 +110,21 @@ async def next_seqs(db: Executor, count: int) -> list[int]:
 async def make_partitions(db: Executor, instants: Iterable[datetime]) -> None:
     """Make sure that the ledger has a partition for the month of each instant. Outside of a flush."""
     await db.execute(_MAKE_PARTITIONS, list(instants))
+
+
+async def drop_months(db: Database, kept: timedelta) -> list[str]:
+    """Drop the ledger's months that ended longer ago than `kept`, with their rows and buckets; both sums stay equal.
+
+    Polls must not read so far back again: `PollSettings.keep`.
+    """
+    dropped = []
+    for month in await db.fetch(_OLD_MONTHS, kept):
+        async with db.transaction(statement_timeout_ms=600_000) as tx:
+            await tx.execute(_DELETE_ROWS, month["until"])
+            await tx.execute(_DELETE_BUCKETS, month["until"])
+            await tx.execute(f'drop table "{month["name"]}"')
+        dropped.append(month["name"])
+    return dropped
 
 
 async def lock_streams(tx: Executor, streams: Iterable[StreamId]) -> dict[StreamId, StreamFence]:

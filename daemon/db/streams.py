@@ -30,11 +30,15 @@ GrainOf = Callable[[Connection], Mapping[str, tuple[GrainId, Grain]]]
 
 
 class Loaded(NamedTuple):
-    """A connection and its streams by source; `problem` when its credential cannot be opened."""
+    """A connection and its streams by source.
+
+    `problem` when its credential cannot be opened: a CredentialError is the connection's own, and parks it; a
+    ConfigError (a key that this replica lacks) is the operator's, and passes.
+    """
 
     connection: Connection
     streams: Mapping[str, Stream]
-    problem: CredentialError | None = None
+    problem: CredentialError | ConfigError | None = None
 
 
 async def load(
@@ -49,7 +53,7 @@ async def load(
         The connections in the order of their ids, and the database's now. Those that no longer exist are left out.
     """
     connections: dict[ConnectionId, Connection] = {}
-    problems: dict[ConnectionId, CredentialError] = {}
+    problems: dict[ConnectionId, CredentialError | ConfigError] = {}
     for row in await db.fetch(_CONNECTIONS, list(ids)):
         connection = _connection(row)
         place = Place(connection.tenant_id, connection.id, connection.provider)
@@ -57,7 +61,7 @@ async def load(
             secret = keyring.open(Sealed(row["credential_key_id"], row["credential"]), place)
             connection = replace(connection, target=replace(connection.target, credential=secret))
         except (CredentialError, ConfigError) as error:
-            problems[connection.id] = CredentialError(str(error))
+            problems[connection.id] = error
         connections[connection.id] = connection
     rows = await db.fetch(_STREAMS, list(connections))
     known: dict[ConnectionId, set[str]] = defaultdict(set)

@@ -18,6 +18,7 @@ _DEAD_SHOW = query("dead_show")
 _ATTEMPTS = query("attempts_of")
 _DEAD_REPLAY = query("dead_replay")
 _DEAD_DROP = query("dead_drop")
+_OLD_DEAD = query("old_dead")
 _STATS = query("queue_stats")
 _CONSERVATION = query("queue_conservation")
 _PARTITIONS = query("attempt_partitions")
@@ -137,10 +138,17 @@ class QueueMaintenance:
         return [Misplaced(r["id"], tuple(r["states"]), r["has_job"]) for r in rows]
 
     async def prune(
-        self, *, attempts_kept: timedelta = timedelta(days=30), workers_kept: timedelta = timedelta(days=1)
+        self,
+        *,
+        attempts_kept: timedelta = timedelta(days=30),
+        workers_kept: timedelta = timedelta(days=1),
+        dead_kept: timedelta | None = None,
     ) -> Pruned:
         """Housekeeping: harmless when done twice, or by several at once. (A finished job's row went as it settled.)"""
         await self._db.execute(_PARTITIONS)
+        if dead_kept is not None:
+            while old := [JobId(row["id"]) for row in await self._db.fetch(_OLD_DEAD, dead_kept)]:
+                await self.dead_drop(old)
         return Pruned(
             dedups=await self._in_batches(_PRUNE_DEDUP),
             workers=await self._in_batches(_PRUNE_WORKERS, workers_kept.total_seconds()),

@@ -87,7 +87,8 @@ def plan(
 
     Args:
         now: the database's time; nothing later is asked for.
-        since: the connection's start; nothing older is asked for, nor anything before the provider's history floor.
+        since: the connection's start, or the ledger's retention if that is shorter; nothing older is asked for, nor
+            anything before the provider's history floor.
         asked: the window of a RANGE poll.
     """
     if mode is Mode.RANGE:

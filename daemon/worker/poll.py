@@ -81,10 +81,12 @@ class PollSettings:
     Attributes:
         connections: polled side by side in one job; each makes one request at a time.
         history_chunks: page chains of unread history per source and tick, so that catching up never starves the rest.
+        keep: how far back the ledger is kept; what it has dropped must not be read again. None: for ever.
     """
 
     connections: int = 50
     history_chunks: int = 8
+    keep: timedelta | None = None
     retry: RetrySettings = field(default_factory=RetrySettings)
 
 
@@ -225,9 +227,12 @@ async def _take_turn(
     turn = Turn(connection)
     due = _due(item, poller, order, now)
     turn.requests_saved = len(item.streams) - len(due) if order.source is None else 0
-    if item.problem is not None or poller is None:
-        turn.parked_reason = str(item.problem or f"no poller for provider {connection.provider!r} is installed")
-    else:
+    problem: str | None = None
+    if isinstance(item.problem, CredentialError):
+        turn.parked_reason = str(item.problem)
+    elif item.problem is not None:
+        problem = str(item.problem)
+    elif poller is not None:
         org = connection.org_id or f"connection-{connection.id}"
         caller = CountingCaller(deps.http, deps.governor, connection.target, org, deps.settings.retry)
         context = _Context(deps, order, connection, poller, caller, now, outbox, turn)
@@ -244,7 +249,7 @@ async def _take_turn(
         if turn.parked_reason is not None:
             turn.ends.append(SourceEnd(stream, "dead_key", reason=turn.parked_reason))
         else:
-            turn.ends.append(SourceEnd(stream, "retry", reason="the batch's time ran out"))
+            turn.ends.append(SourceEnd(stream, "retry", reason=problem or "the batch's time ran out"))
     await outbox.send(turn)
 
 
@@ -306,7 +311,11 @@ class _Reading:
         self._stream = stream
         self._spec = spec
         asked = Window(context.order.start, context.order.end) if context.order.start and context.order.end else None
-        self._plan = plan(spec, stream, context.order.mode, context.now, context.connection.since, asked)
+        since, keep = context.connection.since, context.deps.settings.keep
+        if keep is not None:
+            since = max(since, context.now - keep)
+            asked = asked and Window(max(asked.start, min(since, asked.end)), asked.end)
+        self._plan = plan(spec, stream, context.order.mode, context.now, since, asked)
         self._seq = 0
         self._floor = stream.floor
         self._fence: Window | None = None

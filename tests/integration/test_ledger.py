@@ -287,7 +287,7 @@ async def test_two_flushes_make_the_same_partition_at_once(db: Database) -> None
 async def test_money_of_two_currencies_stays_apart(db: Database) -> None:
     account = await make_account(db, source="costs", kind="cost")
 
-    def cost(amount: str, currency: str):  # noqa: ANN202
+    def cost(amount: str, currency: str):
         dims = (("currency", currency), ("line_item", "x, input: y|z"))
         return row()._replace(dims=dims, input_tokens=None, amount=Decimal(amount), currency=currency)
 

@@ -2,6 +2,19 @@
 -- COMMITTED, one statement after the other: a statement that waited for a lock still reads its old snapshot, so old
 -- values are read in a later one.
 
+-- name: old_ledger_months
+select c.relname as name, (to_date(right(c.relname, 6), 'YYYYMM') + interval '1 month') at time zone 'UTC' as until
+from pg_inherits i join pg_class c on c.oid = i.inhrelid
+where i.inhparent = 'ledger'::regclass
+  and (to_date(right(c.relname, 6), 'YYYYMM') + interval '1 month') at time zone 'UTC' <= now() - $1::interval
+order by 1
+
+-- name: delete_rows_before
+delete from usage_row where bucket_start < $1
+
+-- name: delete_buckets_before
+delete from bucket where bucket_start < $1
+
 -- name: next_seqs
 select nextval('poll_seq') from generate_series(1, $1)
 

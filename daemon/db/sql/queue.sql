@@ -223,6 +223,9 @@ c as (update connection set open_job = null where open_job = any(array(select id
 s as (update stream set open_job = null where open_job = any(array(select id from x)))
 select id from x
 
+-- name: old_dead
+select id from dead where at < now() - $1::interval order by at limit 1000
+
 -- name: queue_stats
 select (select count(*) from ready) as available,
        (select count(*) from due where attempt = 0) as scheduled,
