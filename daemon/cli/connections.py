@@ -41,7 +41,7 @@ def check_kind(poller: Poller, credential: Secret) -> None:
     try:
         poller.check_credential(credential.reveal())
     except CredentialError as error:
-        raise CredentialError(f"credential: {error}") from error
+        raise UsageError("credential", str(error)) from error
 
 
 async def prove(a: App, provider: str, base_url: str, credential: Secret, settings: dict[str, Any]) -> Identity:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from daemon.domain.connection import Identity, Target
-from daemon.domain.errors import BadRequestError, UsageError
+from daemon.domain.errors import BadRequestError, ForbiddenError, SchemaDriftError, UsageError
 from daemon.domain.ports import Caller, Ladder, Probe, SourceSpec
 from daemon.domain.record import Grain, Snapshot, Totals, totals_of
 from daemon.domain.window import Width, Window, rfc3339
@@ -80,13 +80,13 @@ class AnthropicPoller:
     async def identify(self, target: Target, call: Caller) -> Identity:
         try:
             answer = await call.get("/v1/organizations/me", (), headers(target))
-        except BadRequestError as error:
-            if error.status != 404:
-                raise
-            # A gateway that does not tell who we are may still tell whether the key is good.
-            await call.get("/v1/organizations/users", (("limit", "1"),), headers(target))
+            organization = decode(_organization_decoder, answer, "organization")
+        except (BadRequestError, ForbiddenError, SchemaDriftError):
+            # A gateway may serve the reports alone, and a key may be for nothing else: what counts is that it reads them.
+            hour = Width.HOUR.floor(self._now())
+            grain = self.grain("messages", target.settings)
+            await self.probe(target, "messages", grain, Window(hour - Width.HOUR.delta, hour), call)
             return Identity(None)
-        organization = decode(_organization_decoder, answer, "organization")
         return Identity(organization.id, organization.name)
 
     async def probe(self, target: Target, source: str, grain: Grain, window: Window, call: Caller) -> Probe:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from daemon.domain.connection import Identity, Target
-from daemon.domain.errors import BadRequestError, HistoryFloorError, SchemaDriftError
+from daemon.domain.errors import BadRequestError, ForbiddenError, HistoryFloorError, SchemaDriftError
 from daemon.domain.ports import Cadence, Caller, Ladder, Probe, SourceSpec
 from daemon.domain.record import Dims, Grain, Rating, Row, Snapshot, Totals, totals_of
 from daemon.domain.window import Width, Window, from_epoch, to_epoch
@@ -280,11 +280,13 @@ class OpenAIPoller:
     async def identify(self, target: Target, call: Caller) -> Identity:
         try:
             answer = await call.get("/organization/projects", (("limit", "1"),), _headers(target))
-        except BadRequestError as error:
-            if error.status != 404:
-                raise
-            return Identity(None)  # a gateway that serves the reports alone
-        projects = decode(_projects_decoder, answer, "projects").data
+            projects = decode(_projects_decoder, answer, "projects").data
+        except (BadRequestError, ForbiddenError, SchemaDriftError):
+            # A gateway may serve the reports alone, and a key may be for nothing else: what counts is that it reads them.
+            hour = Width.HOUR.floor(self._now())
+            grain = self.grain("completions", target.settings)
+            await self.totals(target, "completions", grain, Window(hour - Width.HOUR.delta, hour), call)
+            return Identity(None)
         told = projects[0].get("organization_id") if projects else None
         return Identity(answer.headers.get("openai-organization") or (told if isinstance(told, str) else None))
 

@@ -159,7 +159,7 @@ def test_removed_connection_comes_back_under_its_id(tallyd: Tallyd) -> None:
         (("--tenant", "nobody", "--no-check"), 2, "error: --tenant: there is no tenant 'nobody'; `tallyd tenants add"),
         (("--provider", "opnai"), 2, "error: provider: 'opnai': no such provider; use one of anthropic, openai"),
         (("--name", "a b", "--no-check"), 2, "error: name: 'a b' is no name"),
-        (("--provider", "anthropic", "--no-check"), 1, "error: credential: "),
+        (("--provider", "anthropic", "--no-check"), 2, "error: credential: "),
     ],
 )
 def test_connection_that_cannot_be_is_refused_naming_field_and_fix(

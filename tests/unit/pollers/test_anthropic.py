@@ -10,6 +10,7 @@ from daemon.domain.connection import Identity
 from daemon.domain.errors import (
     BadRequestError,
     CredentialError,
+    ForbiddenError,
     HistoryFloorError,
     SchemaDriftError,
     UpstreamUnavailableError,
@@ -247,8 +248,11 @@ def test_key_of_another_kind_is_named_and_not_shown(key):
 async def test_identify_falls_back_to_a_request_that_proves_the_key():
     me = Script(httpx.Response(200, json={"id": "org_1", "type": "organization", "name": "Acme"}))
     assert await ANTHROPIC.identify(MESSAGES.target, me) == Identity("org_1", "Acme")
-    gateway = Script(httpx.Response(404), httpx.Response(200, json={"data": []}))
-    assert await ANTHROPIC.identify(MESSAGES.target, gateway) == Identity(None)
-    assert gateway.requests[1].url.path == "/v1/organizations/users"
+    for refusal in (httpx.Response(404), httpx.Response(403), httpx.Response(200, content=b"[]")):
+        gateway = Script(refusal, {"data": [], "has_more": False, "next_page": None})
+        assert await ANTHROPIC.identify(MESSAGES.target, gateway) == Identity(None)
+        assert gateway.requests[1].url.path == "/v1/organizations/usage_report/messages"
+    with pytest.raises(ForbiddenError):
+        await ANTHROPIC.identify(MESSAGES.target, Script(httpx.Response(403)))
     with pytest.raises(CredentialError):
         await ANTHROPIC.identify(MESSAGES.target, Script(httpx.Response(404), httpx.Response(401)))

@@ -7,7 +7,14 @@ import httpx
 import pytest
 
 from daemon.domain.connection import Identity
-from daemon.domain.errors import BadRequestError, CredentialError, HistoryFloorError, SchemaDriftError, UsageError
+from daemon.domain.errors import (
+    BadRequestError,
+    CredentialError,
+    ForbiddenError,
+    HistoryFloorError,
+    SchemaDriftError,
+    UsageError,
+)
 from daemon.domain.ports import Ladder
 from daemon.domain.window import Width, Window, to_epoch
 from daemon.pollers.openai import COSTS_KEY_FLOOR, OpenAIPoller
@@ -213,9 +220,14 @@ async def test_identify_reads_the_header_and_forgives_a_gateway():
     assert await OPENAI.identify(target, named) == Identity("org-1")
     assert named.query(0) == [("limit", "1")]
     assert await OPENAI.identify(target, answer(json={"data": [{"organization_id": "org-2"}]})) == Identity("org-2")
-    assert await OPENAI.identify(target, Script(httpx.Response(404))) == Identity(None)
+    for refusal in (httpx.Response(404), httpx.Response(403), httpx.Response(200, content=b"[]")):
+        gateway = Script(refusal, {"object": "page", "data": [], "has_more": False, "next_page": None})
+        assert await OPENAI.identify(target, gateway) == Identity(None)
+        assert gateway.requests[1].url.path.endswith("/organization/usage/completions")
+    with pytest.raises(ForbiddenError):
+        await OPENAI.identify(target, Script(httpx.Response(403)))
     with pytest.raises(BadRequestError):
-        await OPENAI.identify(target, Script(httpx.Response(400)))
+        await OPENAI.identify(target, Script(httpx.Response(404)))
     with pytest.raises(SchemaDriftError):
         await OPENAI.identify(target, answer(content=b"<html>"))
     with pytest.raises(CredentialError):
