@@ -333,8 +333,7 @@ class _Reading:
             if window is None:
                 self._fence = self._plan.probe.window
                 self._context.turn.requests_saved += self._stream.last_pages
-                return
-            live = (Chunk(window, self._plan.probe.epoch),)
+            live = () if window is None else (Chunk(window, self._plan.probe.epoch),)
         for chunk in live:
             await self._read(chunk, probed)
         if live:
