@@ -53,7 +53,7 @@ RETRY_DELAYS_S = (30.0, 120.0, 480.0, 1200.0)
 """Between the five tries of a `poll_one`, which so has about half an hour; `Retry-After` counts if it is longer."""
 EVIDENCE_BYTES_MAX = 1_000
 BUDGET_RATIO = 0.8
-"""Of a job's time-out: what a connection has not read by then leaves the batch as `poll_one` jobs."""
+"""Of a job's time-out: what is not read by then leaves the batch as `poll_one` jobs."""
 NOT_FOUND = 404
 INBOX_ITEMS = 32
 
@@ -140,11 +140,12 @@ async def run_poll(job: Job, deps: PollDeps) -> Outcome:
     keeper = Bookkeeper(job, order.slot, deps.sink, deps.queue)
     outbox, inbox = anyio.create_memory_object_stream[Piece | Turn](INBOX_ITEMS)
     places = anyio.CapacityLimiter(deps.settings.connections)
+    deadline = anyio.current_time() + job.timeout_s * BUDGET_RATIO
     async with anyio.create_task_group() as group:
         group.start_soon(keeper.run, inbox)
         async with outbox, anyio.create_task_group() as polls:
             for item in loaded:
-                polls.start_soon(_take_turn, item, job, order, deps, now, places, outbox)
+                polls.start_soon(_take_turn, item, order, deps, now, places, deadline, outbox)
     await pauses.store(deps.db, deps.governor.take_news())
 
     def seconds() -> float:
@@ -214,11 +215,11 @@ def _held_reach(deps: PollDeps) -> timedelta:
 
 async def _take_turn(
     item: streams.Loaded,
-    job: Job,
     order: PollOrder,
     deps: PollDeps,
     now: datetime,
     places: anyio.CapacityLimiter,
+    deadline: float,
     outbox: MemoryObjectSendStream[Piece | Turn],
 ) -> None:
     """Poll one connection, its sources one after the other, and report the turn, whatever happens in it."""
@@ -236,13 +237,13 @@ async def _take_turn(
         org = connection.org_id or f"connection-{connection.id}"
         caller = CountingCaller(deps.http, deps.governor, connection.target, org, deps.settings.retry)
         context = _Context(deps, order, connection, poller, caller, now, outbox, turn)
-        async with places:
-            try:
-                with anyio.move_on_after(job.timeout_s * BUDGET_RATIO):
+        try:
+            with anyio.CancelScope(deadline=deadline):
+                async with places:
                     for stream, spec in due:
                         turn.ends.append(await _take_source(context, stream, spec))
-            except CredentialError as error:
-                turn.parked_reason = str(error)
+        except CredentialError as error:
+            turn.parked_reason = str(error)
         turn.is_proven = caller.answers > 0
         turn.requests = caller.requests
     for stream, _ in due[len(turn.ends) :]:
