@@ -291,32 +291,43 @@ class WorkerLoop:
     async def _run_jobs(self) -> None:
         self._is_runner_starting = False
         while self._inbox:
-            job = self._inbox.popleft()
-            self._start_runner()
-            await self._run_one(job)
-            free = self._concurrency - len(self._running) - len(self._inbox)
-            if free >= max(1, self._concurrency // 4):
-                self._work.set()
+            running: Job | None = None
+            # Entering a scope costs more than a job that does nothing, so a runner's jobs share one until it is cancelled.
+            with anyio.CancelScope() as scope:
+                while self._inbox and not scope.cancel_called:
+                    running = self._inbox.popleft()
+                    self._start_runner()
+                    await self._run_one(running, scope)
+                    running = None
+                    self._wake_if_free()
+            if running is not None:
+                if anyio.current_time() < scope.deadline:
+                    self._give_back([running])  # cancelled by us
+                else:
+                    self._end(running, Retryable("deadline passed"), running.timeout_s)
+                self._wake_if_free()
 
-    async def _run_one(self, job: Job) -> None:
+    async def _run_one(self, job: Job, scope: anyio.CancelScope) -> None:
         started = perf_counter()
-        outcome: Outcome | None = None
-        with anyio.CancelScope(deadline=anyio.current_time() + job.timeout_s) as scope:
-            self._running[job.id] = scope
-            try:
-                outcome = await self._run_job(job)
-            finally:
-                del self._running[job.id]
-        if outcome is None and anyio.current_time() < scope.deadline:
-            self._give_back([job])  # cancelled by us
-            return
-        if outcome is None:
-            outcome = Retryable("deadline passed")
+        scope.deadline = anyio.current_time() + job.timeout_s
+        self._running[job.id] = scope
+        try:
+            outcome = await self._run_job(job)
+        finally:
+            del self._running[job.id]
+        self._end(job, outcome, perf_counter() - started)
+
+    def _end(self, job: Job, outcome: Outcome, took_s: float) -> None:
         if not (isinstance(outcome, Completed) and outcome.is_settled):
-            self._results.append(Settlement(job, outcome, int((perf_counter() - started) * 1000)))
+            self._results.append(Settlement(job, outcome, int(took_s * 1000)))
             if len(self._results) >= FLUSH_AT:
                 self._full.set()
         self._ended.set()
+
+    def _wake_if_free(self) -> None:
+        free = self._concurrency - len(self._running) - len(self._inbox)
+        if free >= max(1, self._concurrency // 4):
+            self._work.set()
 
     def _give_back(self, jobs: Iterable[Job]) -> None:
         self._given_back.extend(jobs)
