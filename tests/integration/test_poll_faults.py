@@ -64,7 +64,7 @@ async def test_what_outlives_tier_one_waits_alone_and_once(books: Books, kind: s
     for _ in range(3):
         await books.forget_pauses()
         assert (await books.tick()).retried == 0
-    assert await books.db.fetch("select kind from job") == [("poll_one",)]
+    assert [row["kind"] for row in await books.db.fetch("select kind from job")] == ["poll_one"]
     await heal(books)
     await books.run_queue()
     await books.assert_equal()
