@@ -187,7 +187,7 @@ async def _act(app: App, simulator: Simulator, folder: Path, stage: Stage, stack
         await simulator.ask("POST", "/_sim/faults", storm)
         for account in ACCOUNTS:
             await simulator.ask("POST", "/_sim/grow", {**account.at, "requests": 25})
-        await _until(lambda: _has_refused(simulator, 10))
+        await _until(lambda: _has_refused(simulator, 6))
         replicas.kill()
         replicas.start()
         refused = (await simulator.ask("GET", "/_sim/stats"))["faults"].get("429", 0)
@@ -198,7 +198,12 @@ async def _act(app: App, simulator: Simulator, folder: Path, stage: Stage, stack
                 await simulator.ask("POST", "/_sim/scenario", {**account.at, "action": action})
     with stage("everything is read once more, and compared bucket by bucket"):
         ids = [connection.id for connection in await app.connections.list()]
-        await app.poll(ids, full=True)
+
+        async def is_read() -> bool:
+            summary = await app.poll(ids, full=True)
+            return not summary.retried and not summary.dead
+
+        await _until(is_read)
         return await _judge(app, simulator, since, replicas.killed, refused)
 
 

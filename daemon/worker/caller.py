@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import stamina
 
 from daemon.domain.connection import Target
-from daemon.domain.errors import CircuitOpenError, TransientError
+from daemon.domain.errors import TransientError
 from daemon.domain.ports import Answer
 from daemon.worker.governor import Governor
 
@@ -35,7 +35,8 @@ class RetrySettings:
 
     Attributes:
         tries: requests made for one page at the most.
-        budget_s: no try begins later than this after the first; a longer `Retry-After` goes to the retry queue.
+        budget_s: no try begins later than this after the first; a longer `Retry-After`, or a longer pause that is
+            running already, goes to the retry queue.
     """
 
     tries: int = 3
@@ -77,7 +78,7 @@ class CountingCaller:
         return answer
 
     def _wait(self, error: Exception) -> bool | float:
-        if not isinstance(error, TransientError) or isinstance(error, CircuitOpenError):
+        if not isinstance(error, TransientError):
             return False
         if error.retry_after_s is None:
             return True
