@@ -32,6 +32,7 @@ _NEXT_SEQS = query("next_seqs")
 _OLD_MONTHS = query("old_ledger_months")
 _DELETE_ROWS = query("delete_rows_before")
 _DELETE_BUCKETS = query("delete_buckets_before")
+_LOCK_TICK = query("lock_tick")
 _WRITE_SUMMARY = query("write_summary")
 
 BucketId = tuple[StreamId, datetime]
@@ -297,6 +298,7 @@ async def end_connections(tx: Executor, ends: Sequence[ConnectionEnd], job: JobI
 
 async def write_summary(tx: Executor, job: JobId, kind: str, slot: datetime | None, summary: Summary) -> None:
     """Store what a batch did; the last batch of a tick finishes it."""
+    await tx.execute(_LOCK_TICK, slot)
     await tx.execute(
         _WRITE_SUMMARY,
         job,

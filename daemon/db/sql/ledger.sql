@@ -194,6 +194,10 @@ from given g, mine m where g.id = c.id and m.id = c.id
 -- name: make_partitions
 select ledger_make_partitions($1::timestamptz[])
 
+-- name: lock_tick
+-- Two batches that end at once would else not see each other's summary, and neither would finish the tick.
+select 1 from tick where slot_at = $1 for update
+
 -- name: write_summary
 with s as (
   insert into batch_summary (job_id, slot_at, kind, connections, unchanged, stored, restated, retried, dead, requests,
