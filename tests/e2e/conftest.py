@@ -42,7 +42,7 @@ class Replica:
     def __init__(self, environment: dict[str, str], log: Path) -> None:
         self._log = log
         with log.open("wb") as stderr:
-            self.process = subprocess.Popen(  # noqa: S603
+            self.process = subprocess.Popen(
                 [sys.executable, "-m", "daemon", "run"], env=environment, stdout=subprocess.DEVNULL, stderr=stderr
             )
 
@@ -119,7 +119,7 @@ def tallyd(database_url: str, tmp_path: Path) -> Iterator[Tallyd]:
 
 @pytest.fixture
 async def sim() -> AsyncIterator[Sim]:
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: ASYNC220 - it is started, not waited for
         [sys.executable, "-m", "daemon.simulator", "--port", "0"], stdout=subprocess.PIPE, text=True
     )
     try:
