@@ -9,7 +9,7 @@ The road a unit of work travels, one room a step:
 
 Nouns live in `domain/`, verbs in the rooms; imports go down this list and never climb:
 
-    cli > app > config > web > triggers > orchestrate > worker
+    cli > service > app > config > web > triggers > orchestrate > worker
         > queue | pollers | sinks | alerts  >  db | http_client | records | telemetry  >  domain
 """
 

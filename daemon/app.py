@@ -1,15 +1,12 @@
 """The composition root: the only place that builds the database, the HTTP client, the stores and the engine.
 
-`open_app` serves the commands; `run` and `demo` are the long-lived ones.
+`open_app` serves every command; `daemon.service` runs the daemon on it.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import random
 import shutil
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -27,7 +24,7 @@ import structlog
 
 from daemon import __version__, orchestrate
 from daemon.config import Settings
-from daemon.db import embedded, ledger, migrate, pauses, streams, ticks
+from daemon.db import embedded, migrate, streams, ticks
 from daemon.db.connections import ConnectionStore, NewConnection, Rotation
 from daemon.db.insights import Check, Gap, Insights, Question, Report, SpendLine, Status, UsageLine
 from daemon.db.pool import Database
@@ -67,7 +64,6 @@ if TYPE_CHECKING:
 BY_HAND_TIMEOUT_S = 3_600.0
 BACKFILL_BATCH = 10
 WATCH_S = 0.2
-MAINTENANCE_S = 300.0
 
 log = structlog.get_logger()
 
@@ -94,7 +90,6 @@ __all__ = [
     "new_key",
     "open_app",
     "psql_command",
-    "run",
     "start_database",
     "stop_database",
 ]
@@ -419,7 +414,7 @@ def poll_deps(
         seqs=SeqSource(db),
         settings=PollSettings(
             retry=RetrySettings(tries=settings.subjob_tries, budget_s=settings.subjob_budget_s),
-            keep=_days(settings.retention_ledger_days),
+            keep=days(settings.retention_ledger_days),
         ),
         monotonic=monotonic,
     )
@@ -431,77 +426,14 @@ def tick_settings(settings: Settings) -> orchestrate.TickSettings:
     )
 
 
-def _days(days: int | None) -> timedelta | None:
-    return None if days is None else timedelta(days=days)
+def days(count: int | None) -> timedelta | None:
+    """A retention setting as a span; None keeps for ever."""
+    return None if count is None else timedelta(days=count)
 
 
 def _batches(connections: Sequence[ConnectionId], size: int) -> Iterator[list[int]]:
     for at in range(0, len(connections), size):
         yield [*connections[at : at + size]]
-
-
-def run(settings: Settings) -> int:
-    """The daemon, until SIGTERM or SIGINT. Returns the exit code."""
-    return anyio.run(_serve, settings, backend_options={"use_uvloop": has_uvloop()})
-
-
-def has_uvloop() -> bool:
-    """Uvloop is installed where it exists."""
-    return importlib.util.find_spec("uvloop") is not None
-
-
-async def _serve(settings: Settings) -> int:
-    """Own every service in one task group: a service that crashes ends them all, and the process non-zero."""
-    from daemon.triggers.schedule import run_schedule  # noqa: PLC0415 - only the daemon needs it
-
-    async with open_app(settings) as app:
-        loop = app.worker_loop()
-        chosen = tick_settings(settings)
-        async with anyio.create_task_group() as services:
-            services.start_soon(run_schedule, settings.tick_seconds, lambda: orchestrate.tick(app.db, app.jobs, chosen))
-            services.start_soon(_maintain, app)
-            services.start_soon(_obey_signals, loop)
-            for problem in app.pollers.problems.values():
-                log.error("poller.refused", problem=problem)
-            log.info("daemon.started", version=__version__, pid=os.getpid(), tick_s=settings.tick_seconds)
-            await loop.run()
-            services.cancel_scope.cancel()
-    log.info("daemon.stopped")
-    return 0
-
-
-async def _obey_signals(loop: WorkerLoop) -> None:
-    """The first SIGTERM or SIGINT drains, the second one ends the process now: leases make that safe."""
-    is_draining = False
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            if is_draining:
-                log.warning("daemon.forced", signal=signal.Signals(number).name)
-                os._exit(1)
-            log.info("daemon.draining", signal=signal.Signals(number).name)
-            is_draining = True
-            loop.stop()
-
-
-async def _maintain(app: App) -> None:
-    """Housekeeping that any replica may do, now and then; doing it twice is harmless."""
-    settings = app.settings
-    while True:
-        try:
-            await app.queue.prune(
-                attempts_kept=_days(settings.retention_attempts_days) or timedelta(days=36_500),
-                dead_kept=_days(settings.retention_dead_days),
-            )
-            if ledger_kept := _days(settings.retention_ledger_days):
-                for month in await ledger.drop_months(app.db, ledger_kept):
-                    log.info("ledger.month_dropped", partition=month)
-            await pauses.prune(app.db)
-            await ticks.prune(app.db, settings.retention_ticks_days, settings.retention_summaries_days)
-            now = await app.db.now()
-            await ledger.make_partitions(app.db, [now, now + timedelta(days=31)])
-        except TransientError as error:
-            log.warning("maintenance.postponed", reason=str(error))
-        await anyio.sleep(MAINTENANCE_S * random.uniform(0.8, 1.2))  # noqa: S311 - spreads replicas, guards nothing
 
 
 @dataclass(frozen=True, slots=True)

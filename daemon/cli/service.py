@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 def run() -> None:
     """Run the daemon until SIGTERM or SIGINT; a second signal forces it."""
-    from daemon.app import run as serve
+    from daemon.service import run as serve
 
     chosen = settings()
     set_up_logs(chosen, is_service=True)
