@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -61,20 +62,33 @@ class CountingCaller:
     async def get(
         self, path: str, params: Sequence[tuple[str, str]] = (), headers: Mapping[str, str] | None = None
     ) -> Answer:
+        # stamina costs half as much as a request, so it is asked only once a try has failed: that one is its first.
+        began = monotonic()
+        try:
+            return await self._try(path, params, headers)
+        except TransientError as error:
+            failed: TransientError | None = error
         settings = self._settings
         async for attempt in stamina.retry_context(
             on=self._wait,
             attempts=settings.tries,
-            timeout=settings.budget_s,
+            timeout=max(0.001, settings.budget_s - (monotonic() - began)),
             wait_initial=settings.wait_initial_s,
             wait_max=settings.wait_max_s,
             wait_jitter=settings.wait_initial_s * 2,
         ):
             with attempt:
-                async with self._governor.request(self._host, self._org):
-                    self.requests += 1
-                    answer = await self._http.get(self._target.base_url, path, params, headers)
-                self.answers += 1
+                if failed is not None:
+                    first, failed = failed, None
+                    raise first
+                answer = await self._try(path, params, headers)
+        return answer
+
+    async def _try(self, path: str, params: Sequence[tuple[str, str]], headers: Mapping[str, str] | None) -> Answer:
+        async with self._governor.request(self._host, self._org):
+            self.requests += 1
+            answer = await self._http.get(self._target.base_url, path, params, headers)
+        self.answers += 1
         return answer
 
     def _wait(self, error: Exception) -> bool | float:
