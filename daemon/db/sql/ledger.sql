@@ -61,7 +61,11 @@ with given as (
   select g.*, coalesce(o.revision, 0) + 1 as revision, o.input_tokens as o_input, o.cache_read_tokens as o_cache_read,
     o.cache_write_tokens as o_cache_write, o.output_tokens as o_output, o.requests as o_requests,
     o.quantity as o_quantity, o.amount as o_amount
-  from given g left join usage_row o using (stream_id, bucket_start, row_key)
+  from given g left join lateral (
+    -- LIMIT keeps this a look-up by key: a hash join would read the whole table as long as it is small.
+    select r.* from usage_row r
+    where r.stream_id = g.stream_id and r.bucket_start = g.bucket_start and r.row_key = g.row_key limit 1
+  ) o on true
 ), booked as (
   insert into ledger (tenant_id, bucket_start, row_key, revision, stream_id, poll_seq, kind, input_tokens,
     cache_read_tokens, cache_write_tokens, output_tokens, requests, quantity, amount)
