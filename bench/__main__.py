@@ -12,8 +12,7 @@ import msgspec
 
 from bench import booking, claims, drain, memory, polling, rescue, startup, tick
 from bench.report import Line, machine, print_table
-from bench.stage import Stage, server
-from daemon.app import has_uvloop
+from bench.stage import Stage, has_uvloop, server
 from daemon.telemetry.logs import configure
 
 Figure = Callable[[Stage], Awaitable[Sequence[Line]]]

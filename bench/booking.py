@@ -47,9 +47,7 @@ async def unchanged_again(stage: Stage) -> list[Line]:
             answers = books.answers(window, 2)
             await books.settle(await books.pieces(books.answers(window, 1), window), window, _new(books))
             changed_whole = await books.whole_way(answers, window, _restated(books))
-            changed = await books.settle(
-                await books.pieces(books.answers(window, 3), window), window, _restated(books)
-            )
+            changed = await books.settle(await books.pieces(books.answers(window, 3), window), window, _restated(books))
             answers = books.answers(window, 3)
             settled.append((await books.settle(await books.pieces(answers, window), window, Effect()), changed))
             grouped.append((await books.whole_way(answers, window, Effect()), changed_whole))
@@ -83,7 +81,7 @@ async def _against_upsert(stage: Stage, name: str, ours: Ours, target: Target) -
                     theirs = await books.upsert(pieces)
                 pairs.append((mine, theirs))
         await books.check()
-    shape = f"{len(books.accounts)} × {ROWS}"
+    shape = f"{len(books.accounts)} x {ROWS}"
     return [
         Line(f"{name}, {shape} new rows", *_shown(new, "bare upsert"), target),
         Line(f"{name}, {shape} restated rows", *_shown(again, "bare upsert"), target),

@@ -22,8 +22,7 @@ import anyio.to_thread
 import asyncpg
 
 from bench.report import Line, Target
-from bench.stage import Stage, summarise
-from daemon.app import has_uvloop
+from bench.stage import Stage, has_uvloop, summarise
 from daemon.db.pool import Database
 from daemon.domain.job import Completed, Job, JobId, NewJob, Outcome, Settlement
 from daemon.queue.postgres import PostgresQueue

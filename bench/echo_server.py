@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
-from daemon.app import has_uvloop
+from bench.stage import has_uvloop
 
-_BODY = b'{"object":"page","data":[' + b",".join([b'{"start_time":1,"end_time":2,"results":[]}'] * 40) + b'],"has_more":false}'
+_BODY = (
+    b'{"object":"page","data":['
+    + b",".join([b'{"start_time":1,"end_time":2,"results":[]}'] * 40)
+    + b'],"has_more":false}'
+)
 _ANSWER = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nx-request-id: req_bench\r\ncontent-length: %d\r\n\r\n" % len(_BODY)
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nx-request-id: req_bench\r\ncontent-length: %d\r\n\r\n"
+    % len(_BODY)
 ) + _BODY
 
 

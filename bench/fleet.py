@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 import anyio
 import anyio.to_thread
 import msgspec
-import psutil
+import psutil  # type: ignore[import-untyped]  # it has no types
 
 from bench.stage import Stage
 
@@ -45,7 +45,9 @@ class Fleet:
             await self._control("orgs", {"provider": provider, "profile": profile})
         since = (datetime.now(UTC) - timedelta(hours=hours)).replace(minute=0, second=0, microsecond=0).isoformat()
         path = self._stage.folder / "fleet.jsonl"
-        path.write_bytes(msgspec.json.Encoder().encode_lines([self._connection(number, since) for number in range(count)]))
+        path.write_bytes(
+            msgspec.json.Encoder().encode_lines([self._connection(number, since) for number in range(count)])
+        )
         await self.run("connections", "import", str(path), "--json")
 
     def _connection(self, number: int, since: str) -> dict[str, str]:
@@ -64,9 +66,12 @@ class Fleet:
         with await anyio.to_thread.run_sync(lambda: urlopen(request, timeout=10)) as answer:
             assert answer.status == 200
 
+    def start(self, *arguments: str, **env: str) -> Popen[bytes]:
+        return Popen([*TALLYD, *arguments], stdout=PIPE, env={**self.env, **env})
+
     async def run(self, *arguments: str) -> bytes:
         """Run a command to its end; `peak_bytes` is then its largest resident set."""
-        child = Popen([*TALLYD, *arguments], stdout=PIPE, env=dict(self.env))
+        child = self.start(*arguments)
         reader = anyio.to_thread.run_sync
         self.peak_bytes = 0
         output = b""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from statistics import linear_regression, median
 
 import anyio
 import asyncpg
-import psutil
+import psutil  # type: ignore[import-untyped]  # it has no types
 
-from bench.fleet import TALLYD, Fleet, resident_bytes
+from bench.fleet import Fleet, resident_bytes
 from bench.report import Line, Target
 from bench.stage import Stage, simulator
 
@@ -46,7 +45,7 @@ async def many_ticks(stage: Stage) -> list[Line]:
         with simulator() as sim:
             fleet = Fleet(stage, url, sim)
             await fleet.set_up(stage.size(100, 4), requests_per_hour=60)
-            child = subprocess.Popen([*TALLYD, "run"], env={**fleet.env, "TALLYD_TICK_SECONDS": "1"})
+            child = fleet.start("run", TALLYD_TICK_SECONDS="1")
             process = psutil.Process(child.pid)
             watch: asyncpg.Connection = await asyncpg.connect(url)
             try:

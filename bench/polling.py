@@ -11,8 +11,9 @@ import httpx
 from bench.fleet import Fleet
 from bench.report import Line, Target
 from bench.stage import Stage, alternate, process, simulator
-from daemon.domain.connection import Secret, Target as Provider
-from daemon.http_client import AiohttpTransport, HttpClient, HttpSettings
+from daemon.domain.connection import Secret
+from daemon.domain.connection import Target as Provider
+from daemon.http_client import AiohttpTransport, HttpClient, HttpSettings, build_url
 from daemon.worker.caller import CountingCaller, RetrySettings
 from daemon.worker.governor import Governor, GovernorSettings
 
@@ -43,9 +44,10 @@ async def loopback(stage: Stage) -> list[Line]:
                 caller = CountingCaller(client, governor, provider, f"org-{number}", RetrySettings())
                 return lambda: caller.get(PATH, PARAMS, HEADERS)
 
-            url = httpx.URL(base + PATH, params=list(PARAMS))
+            url = build_url(base, PATH, PARAMS)
 
             async def bare() -> None:
+                # A loop over many connections has another URL each time, so it is parsed each time here too.
                 response = await transport.handle_async_request(httpx.Request("GET", url, headers=HEADERS))
                 assert response.status_code == 200
                 await response.aread()

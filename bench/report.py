@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # it has no types
 from rich.console import Console
 from rich.table import Table
 
@@ -121,7 +121,7 @@ def print_table(facts: dict[str, str], lines: Sequence[Line]) -> None:
 def _target(line: Line) -> str:
     if line.target is None:
         return ""
-    unit = "×" if line.target.of == "ratio" else f" {line.unit}"
+    unit = "x" if line.target.of == "ratio" else f" {line.unit}"
     return f"{line.target.op} {line.target.bound:g}{unit}"
 
 

@@ -57,7 +57,9 @@ async def lost_replica(stage: Stage) -> list[Line]:
         loop = WorkerLoop(queue, run, concurrency=JOBS, drain_s=5)
         async with anyio.create_task_group() as group:
             group.start_soon(loop.run)
-            await anyio.sleep(FIT_AFTER_S + 1)  # before that it rescues nobody, since an outage makes everyone look lost
+            await anyio.sleep(
+                FIT_AFTER_S + 1
+            )  # before that it rescues nobody, since an outage makes everyone look lost
             replica.kill()
             killed = monotonic()
             await all_ran.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 import shutil
@@ -25,6 +26,11 @@ from daemon.db.pool import Database
 
 URL_VARIABLE = "TALLYD_BENCH_DATABASE_URL"
 DURABLE = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
+
+
+def has_uvloop() -> bool:
+    """tallyd runs on it where it exists, and so does everything here."""
+    return importlib.util.find_spec("uvloop") is not None
 
 
 class Rounds(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from time import perf_counter
 
 import anyio.to_thread
@@ -39,7 +40,7 @@ async def commands(stage: Stage) -> list[Line]:
         for arguments, bound in COMMANDS:
             await took(tallyd, *arguments)  # compiles, migrates
             rounds = await alternate(
-                stage.size(15, 1), lambda a=arguments: took(tallyd, *a), lambda: took(sys.executable, "-c", "pass")
+                stage.size(15, 1), partial(took, tallyd, *arguments), partial(took, sys.executable, "-c", "pass")
             )
             lines.append(
                 Line(

@@ -99,7 +99,7 @@ async def orchestrate_tick(stage: Stage) -> list[Line]:
     return [
         Line(
             f"orchestrate {count:,} connections, database time",
-            *rounds[:1],
+            rounds.ours,
             "s",
             rounds.reference,
             "bare update and insert",
