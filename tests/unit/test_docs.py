@@ -20,7 +20,6 @@ PAGES = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md")))
 LEVELS = {"debug", "info", "warning", "error", "exception"}
 EVENT = re.compile(r"[a-z_]+\.[a-z_]+")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-Command = dict[str, object]
 
 
 def page(name: str) -> str:
