@@ -12,6 +12,7 @@ from daemon.domain.job import JobId, Summary
 _CLAIM = query("claim_tick")
 _DUE = query("due_connections")
 _ADVANCE = query("advance_connections")
+_HAND_OVER = query("hand_over_connections")
 _FINISH = query("finish_tick")
 _HAS = query("has_tick")
 _OPEN_BATCHES = query("tick_open_batches")
@@ -37,6 +38,11 @@ async def advance(
     """Give each connection its next due time, and to the batch that polls it now."""
     if connections:
         await tx.execute(_ADVANCE, list(connections), list(next_due), list(jobs))
+
+
+async def hand_over(tx: Executor, job: JobId, connections: Sequence[ConnectionId], heirs: Sequence[JobId]) -> None:
+    """Let each connection that `job` has open be open for its heir instead."""
+    await tx.execute(_HAND_OVER, job, list(connections), list(heirs))
 
 
 async def finish(tx: Executor, slot: datetime, connections: int, batches: int) -> None:

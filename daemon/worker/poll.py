@@ -17,7 +17,7 @@ import msgspec
 import structlog
 from anyio.streams.memory import MemoryObjectSendStream
 
-from daemon.db import pauses, streams
+from daemon.db import ledger, pauses, streams, ticks
 from daemon.db.ledger import StreamEnd
 from daemon.db.pool import Database
 from daemon.db.secrets import Keyring
@@ -166,14 +166,19 @@ async def run_poll(job: Job, deps: PollDeps) -> Outcome:
 
 
 async def _split(job: Job, order: PollOrder, deps: PollDeps) -> Outcome:
-    """Hand every connection of a batch that keeps losing its worker to a job of its own."""
+    """Hand every connection of a batch that keeps losing its worker to a job of its own.
+
+    For its tick the batch is done: the jobs that follow belong to none, or they would count as batches.
+    """
     alone = [
-        NewJob(job.kind, msgspec.structs.replace(order, connections=[id_]).encode(), timeout_s=job.timeout_s)
+        NewJob(job.kind, msgspec.structs.replace(order, connections=[id_], slot=None).encode(), timeout_s=job.timeout_s)
         for id_ in order.connections
     ]
     async with deps.db.transaction() as tx:
         await deps.queue.lock_lease(tx, job)
-        await deps.queue.enqueue(alone, tx)
+        heirs = await deps.queue.enqueue(alone, tx)
+        await ticks.hand_over(tx, job.id, [ConnectionId(id_) for id_ in order.connections], heirs)
+        await ledger.write_summary(tx, job.id, job.kind, order.slot, Summary())
         await deps.queue.settle_in(tx, Settlement(job, Completed(note="split after lost workers"), 0))
     log.warning("batch.split", connections=len(alone), losses=job.losses)
     return Completed(is_settled=True)

@@ -8,7 +8,9 @@ from datetime import UTC, datetime, timedelta
 
 import anyio
 import pytest
+from msgspec.json import decode
 
+from daemon.db import ticks
 from daemon.domain.errors import UpstreamUnavailableError
 from daemon.domain.job import Completed, Job, NewJob, Outcome, WorkerId
 from daemon.domain.ports import Answer
@@ -305,14 +307,20 @@ async def test_a_zombie_books_nothing_and_its_batch_runs_elsewhere(books: Books)
 
 
 async def test_a_batch_that_keeps_losing_its_worker_is_split(books: Books) -> None:
-    """Schedule 10: what kills a worker kills it alone the third time."""
+    """Schedule 10: what kills a worker kills it alone the third time. No connection stays open, no tick unfinished."""
     for n in range(3):
         await books.add(f"o{n}")
-    (job,) = await lease(books, PollOrder([*books.ids.values()]))
+    made = await books.app.tick(None, wait=False)
+    assert (made.created, made.batches) == (True, 1)
+    worker = await books.app.jobs.register_worker("test")
+    (job,) = (await books.app.jobs.claim(worker, 10)).jobs
     assert await books.app.run_job(replace(job, losses=2)) == Completed(is_settled=True)
-    bodies = await books.db.fetch("select kind, body from job")
-    assert len(bodies) == 3
+    open_jobs = {row["id"]: row["open_job"] for row in await books.db.fetch("select id, open_job from connection")}
+    alone = await books.db.fetch("select id, body from job")
+    assert {decode(row["body"], type=PollOrder).connections[0]: row["id"] for row in alone} == open_jobs
     await books.run_queue()
+    assert not await books.db.fetchval("select count(*) from connection where open_job is not null")
+    assert await ticks.open_batches(books.db, made.slot) == 0
     await books.assert_equal()
 
 

@@ -10,6 +10,10 @@ order by next_due_at, id for update skip locked
 update connection c set next_due_at = g.next_due_at, open_job = g.job
 from unnest($1::bigint[], $2::timestamptz[], $3::bigint[]) as g(id, next_due_at, job) where c.id = g.id
 
+-- name: hand_over_connections
+update connection c set open_job = g.job
+from unnest($2::bigint[], $3::bigint[]) as g(id, job) where c.id = g.id and c.open_job = $1
+
 -- name: finish_tick
 update tick set connections = $2, batches = $3, finished_at = case when $3 = 0 then now() end where slot_at = $1
 
