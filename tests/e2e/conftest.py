@@ -79,6 +79,8 @@ class Replica:
 class Tallyd:
     """The command line, in an environment of its own."""
 
+    command = (sys.executable, "-m", "daemon")
+
     def __init__(self, database_url: str, folder: Path) -> None:
         self._folder = folder
         self.replicas: list[Replica] = []
@@ -94,7 +96,7 @@ class Tallyd:
     async def __call__(self, *arguments: str, stdin: str | None = None, **environment: str) -> Result:
         with anyio.fail_after(COMMAND_S):
             done = await anyio.run_process(
-                [sys.executable, "-m", "daemon", *arguments],
+                [*self.command, *arguments],
                 input=None if stdin is None else stdin.encode(),
                 env=self.environment | environment,
                 check=False,
