@@ -1,10 +1,11 @@
-"""`python -m bench [NAME ...] [--quick] [--json]`: run figures and print one table."""
+"""`python -m bench [NAME ...] [--quick] [--json]`: run figures and print one table. Exit code 3: a target was missed."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 
 import anyio
@@ -48,6 +49,8 @@ async def _run(names: Sequence[str], *, is_quick: bool, is_json: bool) -> bool:
                 print(f"{name}: {perf_counter() - began:.1f} s", file=sys.stderr)
         finally:
             await stage.drop_templates()
+    if is_quick:
+        lines = [replace(line, target=None) for line in lines]  # tiny sizes are judged by nothing
     facts["load at the end"] = machine()["load"]
     if is_json:
         print(msgspec.json.encode({"machine": facts, "figures": [line.as_json() for line in lines]}).decode())
@@ -71,8 +74,7 @@ def main() -> int:
         return await _run(names, is_quick=options.quick, is_json=options.json)
 
     is_met = anyio.run(run, backend_options={"use_uvloop": has_uvloop()})
-    # A missed target is news, not a failure; only a smoke run has none.
-    return 0 if is_met or options.quick else 3
+    return 0 if is_met else 3
 
 
 if __name__ == "__main__":

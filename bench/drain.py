@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
@@ -36,7 +36,7 @@ DEADLINE_S = 300
 TRIALS = ((10, 5), (100, 1), (500, 1), (1_000, 1), (500, 2))
 """(batch size, queue managers in the process) for PgQueuer: its own benchmark's first, then larger ones."""
 
-_spawn = multiprocessing.get_context("spawn")
+spawn = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Gate:
 
     @classmethod
     def make(cls, processes: int, total: int) -> Gate:
-        return cls(total, _spawn.Barrier(processes + 1), _spawn.Value("q", 0), _spawn.Value("d", 0.0), _spawn.Event())
+        return cls(total, spawn.Barrier(processes + 1), spawn.Value("q", 0), spawn.Value("d", 0.0), spawn.Event())
 
     def count(self, jobs: int) -> None:
         with self.settled.get_lock():
@@ -64,7 +64,13 @@ class Gate:
         await anyio.to_thread.run_sync(self.done.wait, DEADLINE_S)
 
 
-Drainer = Callable[[str, Gate], None]
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Something that drains: what a process runs, how its database is filled, and the table that is empty afterwards."""
+
+    drain: Callable[[str, Gate], None]
+    fill: Callable[[str, int], Awaitable[None]]
+    table: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +84,17 @@ async def throughput(stage: Stage) -> list[Line]:
     """One process and two against one of PgQueuer's, and against bare SQL."""
     jobs = stage.size(60_000, 500)
     batch, managers = await _tuned(stage)
-    theirs = partial(drain_pgqueuer, batch=batch, managers=managers)
+    tallyd, plain_sql = Side(drain_tallyd, _fill_tallyd, "job"), Side(drain_bare, _fill_tallyd, "job")
+    theirs = _pgqueuer(batch, managers)
     one: list[tuple[float, float]] = []
     two: list[tuple[float, float]] = []
     bare: list[tuple[float, float]] = []
     wal: list[tuple[float, float]] = []
     for _ in range(stage.size(5, 1)):
-        mine = await run(stage, drain_tallyd, 1, jobs)
+        mine = await run(stage, tallyd, 1, jobs)
         other = await run(stage, theirs, 1, jobs)
-        both = await run(stage, drain_tallyd, 2, jobs)
-        plain = await run(stage, drain_bare, 1, jobs)
+        both = await run(stage, tallyd, 2, jobs)
+        plain = await run(stage, plain_sql, 1, jobs)
         one.append((mine.jobs_s, other.jobs_s))
         two.append((both.jobs_s, other.jobs_s))
         bare.append((mine.jobs_s, plain.jobs_s))
@@ -119,18 +126,20 @@ async def _tuned(stage: Stage) -> tuple[int, int]:
     """PgQueuer's best settings on this machine."""
     rates = {}
     for batch, managers in TRIALS:
-        drainer = partial(drain_pgqueuer, batch=batch, managers=managers)
-        rates[batch, managers] = (await run(stage, drainer, 1, stage.size(8_000, 100))).jobs_s
+        rates[batch, managers] = (await run(stage, _pgqueuer(batch, managers), 1, stage.size(8_000, 100))).jobs_s
     return max(rates, key=rates.__getitem__)
 
 
-async def run(stage: Stage, drainer: Drainer, processes: int, jobs: int) -> Drained:
+def _pgqueuer(batch: int, managers: int) -> Side:
+    return Side(partial(drain_pgqueuer, batch=batch, managers=managers), _fill_pgqueuer, "pgqueuer")
+
+
+async def run(stage: Stage, side: Side, processes: int, jobs: int) -> Drained:
     """Fill a fresh database, let the processes loose on it, and wait until everything is settled."""
-    is_pgqueuer = isinstance(drainer, partial)
     async with stage.database() as url:
-        await (_fill_pgqueuer if is_pgqueuer else _fill_tallyd)(url, jobs)
+        await side.fill(url, jobs)
         gate = Gate.make(processes, jobs)
-        children = [_spawn.Process(target=drainer, args=(url, gate), daemon=True) for _ in range(processes)]
+        children = [spawn.Process(target=side.drain, args=(url, gate), daemon=True) for _ in range(processes)]
         watch: asyncpg.Connection = await asyncpg.connect(url)
         try:
             # No checkpoint or vacuum here: they would charge the drain with full images of pages that were just written.
@@ -146,7 +155,7 @@ async def run(stage: Stage, drainer: Drainer, processes: int, jobs: int) -> Drai
             for child in children:
                 await anyio.to_thread.run_sync(child.join, 60)
             assert gate.settled.value == jobs, gate.settled.value
-            left = await watch.fetchval(f"select count(*) from {'pgqueuer' if is_pgqueuer else 'job'}")
+            left = await watch.fetchval(f"select count(*) from {side.table}")
             assert left == 0, left
         finally:
             await watch.close()
@@ -178,7 +187,7 @@ async def _fill_pgqueuer(url: str, jobs: int) -> None:
     await connection.close()
 
 
-def _in_loop(main: Callable[[], Any]) -> None:
+def in_loop(main: Callable[[], Any]) -> None:
     configure(level="warning")
     anyio.run(main, backend_options={"use_uvloop": has_uvloop()})
 
@@ -208,7 +217,7 @@ def drain_tallyd(url: str, gate: Gate) -> None:
             loop.stop()
         await db.close()
 
-    _in_loop(main)
+    in_loop(main)
 
 
 def drain_pgqueuer(url: str, gate: Gate, *, batch: int, managers: int) -> None:
@@ -240,7 +249,7 @@ def drain_pgqueuer(url: str, gate: Gate, *, batch: int, managers: int) -> None:
             queuer.shutdown.set()
         await asyncio.wait(runs, timeout=30)
 
-    _in_loop(main)
+    in_loop(main)
 
 
 _BARE_CLAIM = """
@@ -280,4 +289,4 @@ def drain_bare(url: str, gate: Gate) -> None:
             group.start_soon(drain, range(0, KEYS, 2))
             group.start_soon(drain, range(1, KEYS, 2))
 
-    _in_loop(main)
+    in_loop(main)

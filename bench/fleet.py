@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from subprocess import PIPE, Popen
+from time import perf_counter
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -37,6 +38,7 @@ class Fleet:
             "TALLYD_LOG_LEVEL": "warning",
         }
         self.peak_bytes = 0
+        self.took_s = 0.0
 
     async def set_up(self, count: int, *, requests_per_hour: int, hours: int = 3) -> None:
         """Half OpenAI, half Anthropic, each with a few hours of history."""
@@ -70,7 +72,8 @@ class Fleet:
         return Popen([*TALLYD, *arguments], stdout=PIPE, env={**self.env, **env})
 
     async def run(self, *arguments: str) -> bytes:
-        """Run a command to its end; `peak_bytes` is then its largest resident set."""
+        """Run a command to its end; `took_s` and `peak_bytes` are then its time and its largest resident set."""
+        began = perf_counter()
         child = self.start(*arguments)
         reader = anyio.to_thread.run_sync
         self.peak_bytes = 0
@@ -87,6 +90,7 @@ class Fleet:
             while child.poll() is None:
                 self.peak_bytes = max(self.peak_bytes, resident_bytes(process))
                 await anyio.sleep(WATCH_S)
+        self.took_s = perf_counter() - began
         assert child.returncode == 0, (arguments, child.returncode, output[-500:])
         assert child.stdout is not None
         child.stdout.close()

@@ -8,7 +8,7 @@ import anyio
 import anyio.to_thread
 import asyncpg
 
-from bench.drain import _in_loop, _spawn
+from bench.drain import in_loop, spawn
 from bench.report import Line, Target
 from bench.stage import Stage
 from daemon.db.pool import Database
@@ -30,7 +30,7 @@ def hang(url: str) -> None:
         db = await Database.open(url)
         await WorkerLoop(PostgresQueue(db), forever, concurrency=JOBS, drain_s=1).run()
 
-    _in_loop(main)
+    in_loop(main)
 
 
 async def lost_replica(stage: Stage) -> list[Line]:
@@ -39,7 +39,7 @@ async def lost_replica(stage: Stage) -> list[Line]:
         db = await Database.open(url)
         watch: asyncpg.Connection = await asyncpg.connect(url)
         queue = PostgresQueue(db)
-        replica = _spawn.Process(target=hang, args=(url,), daemon=True)
+        replica = spawn.Process(target=hang, args=(url,), daemon=True)
         replica.start()
         await queue.enqueue([NewJob("noop", b"{}") for _ in range(JOBS)])
         while await watch.fetchval("select count(*) from lease") < JOBS:  # noqa: ASYNC110
