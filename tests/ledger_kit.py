@@ -62,12 +62,12 @@ class Account:
         keyer = Keyer(self.connection.id, self.stream.source, grain)
         ready = tuple(ready_buckets(snapshot, keyer, self.kind, lambda _r, _at: (Decimal(1), "test")))  # type: ignore[arg-type]
         witnesses = {bucket.start: witness for bucket in ready}
-        return Piece(self.connection, self.stream, seq, grain_id(grain), grain.width, snapshot.window, ready, witnesses)
+        return Piece(self.connection, self.stream, seq, grain_id(grain), grain.width, ready, witnesses)
 
     def end(self, seq: int, window: Window) -> ledger.StreamEnd:
         return ledger.StreamEnd(
             self.stream.id, seq, window, window.start, window.end, None, 1, None,
-            is_hourly=True, is_daily=True, is_changed=False,
+            is_hourly=True, is_daily=True,
         )  # fmt: skip
 
     async def book(self, *pieces: Piece, ends: tuple[ledger.StreamEnd, ...] = ()) -> object:

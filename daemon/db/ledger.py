@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from daemon.db.pool import Database, Executor, query
+from daemon.db.text import storable
 from daemon.domain.connection import ConnectionId, StreamId, TenantId
 from daemon.domain.job import JobId, Summary
 from daemon.domain.record import HASH_VERSION, GrainId, Pending, ReadyRow, Stored, Totals
@@ -22,6 +23,7 @@ _WRITE_BUCKETS = query("write_buckets")
 _SUM_PENDING = query("sum_pending_buckets")
 _END_STREAMS = query("end_streams")
 _CLOSE_STREAMS = query("close_streams")
+_STAMP_NEWS = query("stamp_news")
 _OPEN_STREAMS = query("open_streams")
 _PARK_STREAMS = query("park_streams")
 _DEAD_LETTERS_OF = query("dead_letters_of")
@@ -37,7 +39,7 @@ _WRITE_SUMMARY = query("write_summary")
 
 BucketId = tuple[StreamId, datetime]
 
-NEW, RESTATED, VANISHED, REPRICED = 1, 2, 3, 4
+NEW, RESTATED, VANISHED = 1, 2, 3
 
 
 class StreamFence(NamedTuple):
@@ -91,14 +93,12 @@ class StreamEnd(NamedTuple):
     probe_digest: bytes | None
     is_hourly: bool
     is_daily: bool
-    is_changed: bool
 
 
 class ConnectionEnd(NamedTuple):
     """How a connection's turn in a batch ended. `is_proven`: at least one request got an answer."""
 
     connection_id: ConnectionId
-    is_changed: bool
     is_proven: bool
     parked_reason: str | None
 
@@ -251,17 +251,21 @@ async def end_streams(tx: Executor, ends: Sequence[StreamEnd]) -> None:
             e.probe_digest,
             e.is_hourly,
             e.is_daily,
-            e.is_changed,
         )
         for e in ends
     ]
-    await tx.execute(_END_STREAMS, *_columns(given, 12))
+    await tx.execute(_END_STREAMS, *_columns(given, 11))
 
 
-async def close_streams(tx: Executor, streams: Sequence[StreamId], job: JobId) -> None:
-    """Give streams back to the ticks that `job`, a poll_one, had to itself."""
+async def stamp_news(tx: Executor, streams: Sequence[StreamId]) -> None:
+    """Note, with the rows themselves, that something was booked (or withheld) in these streams."""
     if streams:
-        await tx.execute(_CLOSE_STREAMS, list(streams), job)
+        await tx.execute(_STAMP_NEWS, list(streams))
+
+
+async def close_streams(tx: Executor, job: JobId) -> None:
+    """Give back to the ticks the stream that `job`, a poll_one, had to itself."""
+    await tx.execute(_CLOSE_STREAMS, job)
 
 
 async def open_streams(tx: Executor, jobs: Mapping[StreamId, JobId]) -> None:
@@ -285,15 +289,15 @@ async def remember_dead(tx: Executor, jobs: Mapping[StreamId, JobId]) -> None:
 async def park_streams(tx: Executor, reasons: Mapping[StreamId, str]) -> None:
     """Stop reading sources that the provider refuses, with the reason."""
     if reasons:
-        await tx.execute(_PARK_STREAMS, list(reasons), list(reasons.values()))
+        await tx.execute(_PARK_STREAMS, list(reasons), [storable(reason) for reason in reasons.values()])
 
 
 async def end_connections(tx: Executor, ends: Sequence[ConnectionEnd], job: JobId) -> None:
     """Close the connections' turn: the next tick may have them again."""
     if not ends:
         return
-    ids, changed, proven, parked = _columns(sorted(ends), 4)
-    await tx.execute(_END_CONNECTIONS, ids, changed, parked, job, proven)
+    rows = [(e.connection_id, e.is_proven, e.parked_reason and storable(e.parked_reason)) for e in ends]
+    await tx.execute(_END_CONNECTIONS, *_columns(rows, 3), job)
 
 
 async def write_summary(tx: Executor, job: JobId, kind: str, slot: datetime | None, summary: Summary) -> None:

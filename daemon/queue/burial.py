@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from daemon.db.pool import Session, query
+from daemon.db.text import storable
 from daemon.domain.job import JobId, NewJob
 
 _BURY = query("bury")
@@ -23,7 +24,7 @@ async def bury(tx: Session, jobs: Sequence[tuple[NewJob, str]]) -> list[JobId]:
         [job.max_attempts for job, _ in jobs],
         [job.timeout_s for job, _ in jobs],
         [job.body for job, _ in jobs],
-        [_clean(reason) for _, reason in jobs],
+        [storable(reason) for _, reason in jobs],
     )
     return sorted(JobId(row["id"]) for row in rows)
 
@@ -31,9 +32,4 @@ async def bury(tx: Session, jobs: Sequence[tuple[NewJob, str]]) -> list[JobId]:
 async def mourn(tx: Session, reasons: Mapping[JobId, str]) -> None:
     """The same work failed again: note it on the dead letter that lies there, instead of adding one each tick."""
     if reasons:
-        await tx.execute(_MOURN, list(reasons), [_clean(reason) for reason in reasons.values()])
-
-
-def _clean(text: str) -> str:
-    # Postgres takes neither a NUL nor half a surrogate pair.
-    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")[:2_000]
+        await tx.execute(_MOURN, list(reasons), [storable(reason) for reason in reasons.values()])

@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import assert_never
 
 from daemon.db.pool import Database, Executor, Record, Session, query
+from daemon.db.text import storable
 from daemon.domain.errors import LeaseLostError, UsageError
 from daemon.domain.job import (
     Cancelled,
@@ -31,7 +32,6 @@ from daemon.domain.job import (
 from daemon.queue.wake import Waker
 
 BODY_BYTES_MAX = 1 << 20
-NOTE_BYTES_MAX = 2_000
 LEASE_GRACE_S = 15.0
 BACKOFF_BASE_S = 5.0
 BACKOFF_MAX_S = 3600.0
@@ -218,14 +218,14 @@ class PostgresQueue:
 
     async def cancel(self, jobs: Iterable[JobId], reason: str = "", tx: Session | None = None) -> set[JobId]:
         """Remove jobs for good; what a running one still writes is refused. Returns those that were there."""
-        return _ids(await (tx or self._db).fetch(_CANCEL, sorted(jobs), _cut(reason)))
+        return _ids(await (tx or self._db).fetch(_CANCEL, sorted(jobs), storable(reason)))
 
     # Workers
 
     async def register_worker(self, info: str = "") -> WorkerId:
         """A new id for this run of the process; also makes sure that attempts can be logged."""
         await self._db.execute(_PARTITIONS)
-        return WorkerId(await self._db.fetchval(_REGISTER, _cut(info)))
+        return WorkerId(await self._db.fetchval(_REGISTER, storable(info)))
 
     async def heartbeat(self, worker: WorkerId) -> bool:
         """One beat over the pool, for commands; a loop uses `heart`."""
@@ -375,25 +375,19 @@ async def _settle(db: Executor, settlements: Iterable[Settlement]) -> set[JobId]
 def _ending(job: Job, outcome: Outcome) -> tuple[Ending, float, str | None]:
     match outcome:
         case Completed(note=note):
-            return Ending.DONE, 0.0, None if note is None else _cut(note)
+            return Ending.DONE, 0.0, None if note is None else storable(note)
         case Retryable(reason, delay_s):
             if job.attempt >= job.max_attempts:
-                return Ending.DEAD, 0.0, _cut(reason)
-            return Ending.RETRY, backoff_s(job.attempt) if delay_s is None else max(0.0, delay_s), _cut(reason)
+                return Ending.DEAD, 0.0, storable(reason)
+            return Ending.RETRY, backoff_s(job.attempt) if delay_s is None else max(0.0, delay_s), storable(reason)
         case Snoozed(delay_s, reason):
-            return Ending.SNOOZE, max(0.0, delay_s), _cut(reason)
+            return Ending.SNOOZE, max(0.0, delay_s), storable(reason)
         case Discarded(reason):
-            return Ending.DEAD, 0.0, _cut(reason)
+            return Ending.DEAD, 0.0, storable(reason)
         case Cancelled(reason):
-            return Ending.CANCELLED, 0.0, _cut(reason)
+            return Ending.CANCELLED, 0.0, storable(reason)
         case _:
             assert_never(outcome)
-
-
-def _cut(text: str) -> str:
-    # A NUL or half a surrogate pair would make Postgres refuse the whole batch.
-    clean = text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace")
-    return clean[:NOTE_BYTES_MAX].decode("utf-8", "ignore")
 
 
 def _ids(rows: Iterable[Record]) -> set[JobId]:

@@ -13,8 +13,8 @@ statement that starts after the locks are held.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 
 import structlog
@@ -25,7 +25,7 @@ from daemon.domain.connection import Connection, Stream, StreamId
 from daemon.domain.errors import DataRejectedError, DeadlockError
 from daemon.domain.job import JobId
 from daemon.domain.record import GrainId, Pending, ReadyBucket
-from daemon.domain.window import Width, Window
+from daemon.domain.window import Width
 from daemon.records.restate import Change, Witness, judge
 
 DEADLOCK_TRIES = 5
@@ -45,13 +45,25 @@ class Piece:
     seq: int
     grain_id: GrainId
     width: Width
-    window: Window
     buckets: Sequence[ReadyBucket]
     witnesses: Mapping[datetime, Witness] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         return sum(len(bucket.rows) for bucket in self.buckets)
+
+    def cut(self, rows: int) -> Iterator[Piece]:
+        """Parts of about that many rows at the most. A bucket is never cut: it is judged as a whole."""
+        part: list[ReadyBucket] = []
+        count = 0
+        for bucket in self.buckets:
+            if part and count + len(bucket.rows) > rows:
+                yield replace(self, buckets=tuple(part))
+                part, count = [], 0
+            part.append(bucket)
+            count += len(bucket.rows)
+        if part:
+            yield replace(self, buckets=tuple(part))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +185,9 @@ class LedgerSink:
             effects = {stream: Effect() for stream in locked}
             if flush.pieces:
                 await self._write_pieces(tx, flush.pieces, fences, effects)
-            await store.end_streams(tx, [_with_effect(end, effects[end.stream_id]) for end in flush.ends])
+            await store.end_streams(tx, flush.ends)
             await store.park_streams(tx, flush.parked)
-        changed = {p.connection.id for p in flush.pieces if effects[p.stream.id].rows}
-        await store.end_connections(
-            tx,
-            [end._replace(is_changed=end.is_changed or end.connection_id in changed) for end in flush.connection_ends],
-            flush.job,
-        )
+        await store.end_connections(tx, flush.connection_ends, flush.job)
         for step in flush.also:
             await step(tx, effects)
         return effects
@@ -235,6 +242,7 @@ class LedgerSink:
         await store.book_rows(tx, rows)
         await store.book_vanished(tx, vanished)
         await store.write_buckets(tx, writes)
+        await store.stamp_news(tx, [stream for stream, effect in effects.items() if effect.rows or effect.withheld])
 
 
 class _Rollback(Exception):  # noqa: N818 - not an error: it ends a rehearsal
@@ -260,7 +268,3 @@ def _effect(change: Change, *, is_closed: bool) -> Effect:
         vanished=len(change.vanished),
         withheld=len(change.withheld),
     )
-
-
-def _with_effect(end: store.StreamEnd, effect: Effect) -> store.StreamEnd:
-    return end._replace(is_changed=end.is_changed or effect.rows > 0)

@@ -15,7 +15,7 @@ from daemon.db import ledger
 from daemon.db.pool import Session
 from daemon.domain.connection import Connection, Stream, StreamId
 from daemon.domain.errors import DataRejectedError, StorageUnavailableError
-from daemon.domain.job import Completed, Job, NewJob, Settlement, Summary
+from daemon.domain.job import Cancelled, Completed, Job, NewJob, Outcome, Settlement, Summary
 from daemon.queue.burial import bury, mourn
 from daemon.queue.postgres import PostgresQueue
 from daemon.sinks.ledger import Effect, Effects, Flush, LedgerSink, Piece, Step
@@ -64,7 +64,10 @@ FollowUp = Callable[[Connection, SourceEnd], NewJob]
 class Bookkeeper:
     """Of one job: feed it with `run`, then `close` it once."""
 
-    def __init__(self, job: Job, slot: datetime | None, sink: LedgerSink, queue: PostgresQueue) -> None:
+    def __init__(
+        self, job: Job, slot: datetime | None, sink: LedgerSink, queue: PostgresQueue, *, takes_streams: bool = True
+    ) -> None:
+        self._takes_streams = takes_streams
         self._job = job
         self._slot = slot
         self._sink = sink
@@ -89,15 +92,16 @@ class Bookkeeper:
                     await self._flush()
                     deadline = None
                     continue
-                if isinstance(item, Turn):
-                    self._open_turns.append(item)
-                else:
-                    self._pieces.append(item)
                 if deadline is None:
                     deadline = anyio.current_time() + FLUSH_S
-                if sum(piece.rows for piece in self._pieces) >= FLUSH_ROWS:
-                    await self._flush()
-                    deadline = None
+                if isinstance(item, Turn):
+                    self._open_turns.append(item)
+                    continue
+                for part in item.cut(FLUSH_ROWS):
+                    self._pieces.append(part)
+                    if sum(piece.rows for piece in self._pieces) >= FLUSH_ROWS:
+                        await self._flush()
+                        deadline = None
 
     async def close(self, follow_up: FollowUp, seconds: Callable[[], float]) -> Summary:
         """The last flush of a batch: what is left, the follow-up jobs, the summary, and the settling of the job."""
@@ -114,7 +118,8 @@ class Bookkeeper:
         return summary
 
     async def close_one(self, seconds: Callable[[], float]) -> tuple[Summary, SourceEnd | None]:
-        """The last flush of a `poll_one`. It settles the job only when the source's turn ended well.
+        """The last flush of a `poll_one`. It settles the job when the source's turn ended well, or joins the stream's
+        dead letter when there is one already.
 
         Returns:
             The summary, and the source's end when it is left to the queue to try again or to bury.
@@ -126,11 +131,18 @@ class Bookkeeper:
             summary = self._summarise(effects, seconds())
             await ledger.write_summary(tx, self._job.id, self._job.kind, self._slot, summary)
             bad = next((end for _, end in self._ends() if end.status in ("retry", "dead")), None)
+            outcome: Outcome = Completed()
             if bad is not None:
-                await ledger.remember_dead(tx, {bad.stream.id: self._job.id})
-                return
-            await ledger.close_streams(tx, [end.stream.id for _, end in self._ends()], self._job.id)
-            await self._queue.settle_in(tx, Settlement(self._job, Completed(), int(summary.duration_s * 1000)))
+                if bad.status == "retry" and self._job.attempt < self._job.max_attempts:
+                    return
+                known = await ledger.dead_letters_of(tx, [bad.stream.id])
+                if not known:
+                    await ledger.remember_dead(tx, {bad.stream.id: self._job.id})
+                    return
+                await mourn(tx, dict.fromkeys(known.values(), bad.reason))
+                outcome, bad = Cancelled(f"joined dead letter {known[bad.stream.id]}: {bad.reason}"), None
+            await ledger.close_streams(tx, self._job.id)
+            await self._queue.settle_in(tx, Settlement(self._job, outcome, int(summary.duration_s * 1000)))
 
         await self._flush(finish)
         return summary, bad
@@ -162,22 +174,13 @@ class Bookkeeper:
         flush.pieces = [piece for piece in self._pieces if piece.stream.id not in self._rejected]
         for turn in self._open_turns:
             ends = [self._verdict(end) for end in turn.ends]
-            flush.ends += [
-                end.end._replace(is_changed=self._has_changed(end.stream.id)) for end in ends if end.end is not None
-            ]
+            flush.ends += [end.end for end in ends if end.end is not None]
             flush.parked |= {end.stream.id: end.reason for end in ends if end.status in ("parked", "absent")}
-            is_changed = any(self._has_changed(end.stream.id) for end in ends)
-            flush.connection_ends.append(
-                ledger.ConnectionEnd(turn.connection.id, is_changed, turn.is_proven, turn.parked_reason)
-            )
+            flush.connection_ends.append(ledger.ConnectionEnd(turn.connection.id, turn.is_proven, turn.parked_reason))
         return flush
 
     async def _lock_lease(self, tx: Session) -> None:
         await self._queue.lock_lease(tx, self._job)
-
-    def _has_changed(self, stream: StreamId) -> bool:
-        effect = self._effects.get(stream)
-        return effect is not None and effect.rows > 0
 
     def _verdict(self, end: SourceEnd) -> SourceEnd:
         error = self._rejected.get(end.stream.id)
@@ -187,6 +190,16 @@ class Bookkeeper:
         for turn in (*self._turns, *self._open_turns):
             for end in turn.ends:
                 yield turn.connection, self._verdict(end)
+
+    @property
+    def withheld(self) -> int:
+        """Rows that vanished from a read and stay until a second witness misses them too."""
+        return sum(effect.withheld for effect in self._effects.values())
+
+    @property
+    def refused(self) -> int:
+        """Buckets whose answer was older than what they hold."""
+        return sum(effect.refused for effect in self._effects.values())
 
     def _summarise(self, effects: Effects, duration_s: float) -> Summary:
         total = _merged(self._effects, effects)
@@ -216,11 +229,16 @@ class Bookkeeper:
         return summary
 
     async def _follow_up(self, tx: Session, follow_up: FollowUp) -> None:
-        """Tiers 2 and 3: one open `poll_one`, and one dead letter, per stream at the most."""
-        retries = [(c, end) for c, end in self._ends() if end.status == "retry" and not end.stream.is_open_elsewhere]
+        """Tiers 2 and 3: one waiting `poll_one` of each kind of poll, and one dead letter, per stream at the most.
+
+        Only a tick's own retry takes the stream from the ticks that follow: a backfill that fails, or a full poll, must
+        not keep the live window from being read.
+        """
+        retries = [(c, end) for c, end in self._ends() if end.status == "retry"]
         if retries:
             ids = await self._queue.enqueue([follow_up(c, end) for c, end in retries], tx)
-            await ledger.open_streams(tx, {end.stream.id: id_ for (_, end), id_ in zip(retries, ids, strict=True)})
+            if self._takes_streams:
+                await ledger.open_streams(tx, {end.stream.id: id_ for (_, end), id_ in zip(retries, ids, strict=True)})
         dead = {end.stream.id: (follow_up(c, end), end.reason) for c, end in self._ends() if end.status == "dead"}
         if dead:
             known = await ledger.dead_letters_of(tx, dead)

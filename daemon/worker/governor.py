@@ -67,7 +67,7 @@ class Governor:
         self._now = monotonic
         self._total = anyio.CapacityLimiter(settings.total)
         self._hosts: dict[str, _Host] = {}
-        self._news: dict[tuple[str, str], Pause] = {}
+        self._news: dict[tuple[str, str], tuple[float, str]] = {}
 
     def _host(self, name: str) -> _Host:
         if name not in self._hosts:
@@ -83,15 +83,16 @@ class Governor:
         """
         place = self._host(host)
         account = place.orgs.setdefault(org, _Org())
+        if account.interval_s:  # before taking a place: a slow organisation must not hold one while it waits
+            now = self._now()
+            start = max(now, account.next_at)
+            account.next_at = start + account.interval_s
+            await anyio.sleep(start - now)
         async with self._total, place.limiter:
             now = self._now()
             for until, reason in ((place.paused_until, place.reason), (account.paused_until, account.reason)):
                 if until > now:
                     raise CircuitOpenError(f"{host} is paused: {reason}", retry_after_s=until - now)
-            if account.interval_s:
-                start = max(now, account.next_at)
-                account.next_at = start + account.interval_s
-                await anyio.sleep(start - now)
             try:
                 yield
             except RateLimitedError as error:
@@ -114,7 +115,7 @@ class Governor:
         place, until = self._host(host), self._now() + seconds
         account = place.orgs[org]
         account.paused_until, account.reason = max(account.paused_until, until), reason
-        self._news[host, org] = Pause(host, org, seconds, reason)
+        self._news[host, org] = (until, reason)
         broken = sum(
             other.failures >= self._settings.breaker_failures and other.paused_until > self._now()
             for other in place.orgs.values()
@@ -122,7 +123,7 @@ class Governor:
         if broken >= self._settings.host_orgs:
             place.paused_until = self._now() + self._settings.breaker_s
             place.reason = f"{broken} organisations fail at once, the last with: {reason}"
-            self._news[host, ""] = Pause(host, "", self._settings.breaker_s, place.reason)
+            self._news[host, ""] = (place.paused_until, place.reason)
 
     def learn(self, pauses: Iterable[Pause]) -> None:
         """Take over the pauses that other replicas have stored."""
@@ -134,6 +135,7 @@ class Governor:
 
     def take_news(self) -> list[Pause]:
         """The pauses that began since the last call, for storing."""
-        news = list(self._news.values())
+        now = self._now()
+        news = [Pause(*place, until - now, reason) for place, (until, reason) in self._news.items() if until > now]
         self._news.clear()
         return news

@@ -97,8 +97,7 @@ def plan(
     width = stream.epochs[-1].grain.width
     is_daily = _is_past(stream.daily_at, DAY, now)
     is_hourly = is_daily or _is_past(stream.hourly_at, HOUR, now)
-    reach = spec.ladder.daily if is_daily else spec.ladder.hourly if is_hourly else spec.ladder.young
-    start = width.floor(now - reach)
+    start = width.floor(_rung_start(spec, stream, now, is_hourly=is_hourly, is_daily=is_daily))
     if stream.covered_to is not None:
         start = min(start, stream.covered_to)  # what a downtime left unread
     first = width.floor(max(since, stream.floor or since))
@@ -117,7 +116,22 @@ def plan(
     is_plain = mode is not Mode.FULL and not is_hourly and not stream.pending and stream.covered_to is not None
     if spec.can_probe and is_plain and len(live) == 1:
         probe = live[0]
-    return SourcePlan(probe, tuple(live), tuple(history), is_hourly or mode is Mode.FULL, is_daily or mode is Mode.FULL)
+    return SourcePlan(probe, tuple(live), tuple(history), is_hourly, is_daily)
+
+
+def _rung_start(spec: SourceSpec, stream: Stream, now: datetime, *, is_hourly: bool, is_daily: bool) -> datetime:
+    """Where the rung's window begins.
+
+    A bucket is read on a rung until it has grown out of its reach. After a pause longer than the rung's period the
+    window so begins where the next one would have begun without the pause, or what was young then is never read again.
+    """
+    if is_daily:
+        reach, period, last = spec.ladder.daily, DAY, stream.daily_at
+    elif is_hourly:
+        reach, period, last = spec.ladder.hourly, HOUR, stream.hourly_at
+    else:
+        return now - spec.ladder.young
+    return now - reach if last is None else min(now, last + period) - reach
 
 
 def _asked(spec: SourceSpec, stream: Stream, now: datetime, asked: Window) -> list[Chunk]:

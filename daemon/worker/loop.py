@@ -21,6 +21,7 @@ from anyio.abc import TaskGroup
 
 from daemon.domain.errors import DaemonError, TransientError
 from daemon.domain.job import Completed, Job, JobId, Outcome, Retryable, Settlement, WorkerId
+from daemon.worker.failures import only
 
 CLAIM_MAX = 500
 FLUSH_AT = 500
@@ -219,7 +220,7 @@ class WorkerLoop:
                     await self._drain()
                 services.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            raise _only(group) from group
+            raise only(group) from group
         finally:
             await self._say_goodbye()
 
@@ -489,10 +490,3 @@ class WorkerLoop:
 
     async def _pause(self, longest_s: float) -> None:
         await anyio.sleep(random.uniform(longest_s / 2, longest_s))  # noqa: S311
-
-
-def _only(error: BaseException) -> BaseException:
-    """The one exception inside nested groups, if there is but one."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error

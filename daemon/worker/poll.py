@@ -42,6 +42,7 @@ from daemon.records.restate import Witness
 from daemon.sinks.ledger import LedgerSink, Piece
 from daemon.worker.bookkeeper import Bookkeeper, SourceEnd, Turn
 from daemon.worker.caller import CountingCaller, Http, RetrySettings
+from daemon.worker.failures import as_one_error
 from daemon.worker.governor import Governor
 from daemon.worker.ladder import Chunk, Mode, is_due, plan
 from daemon.worker.seqs import SeqSource
@@ -51,6 +52,8 @@ SPLIT_AFTER_LOSSES = 2
 """A batch that lost its worker this often is split: one of its connections may be what kills them."""
 RETRY_DELAYS_S = (30.0, 120.0, 480.0, 1200.0)
 """Between the five tries of a `poll_one`, which so has about half an hour; `Retry-After` counts if it is longer."""
+RETRY_DEDUP = timedelta(days=1)
+"""As long as a `Retry-After` may be: while a source's `poll_one` waits, another failure adds none."""
 EVIDENCE_BYTES_MAX = 1_000
 BUDGET_RATIO = 0.8
 """Of a job's time-out: what is not read by then leaves the batch as `poll_one` jobs."""
@@ -137,11 +140,12 @@ async def run_poll(job: Job, deps: PollDeps) -> Outcome:
         deps.db, deps.keyring, ids, lambda c: grains_of(deps.pollers, c), floor_to(now - _held_reach(deps), 3600)
     )
     deps.governor.learn(await pauses.load(deps.db))
-    keeper = Bookkeeper(job, order.slot, deps.sink, deps.queue)
+    takes_streams = order.mode in (Mode.TICK, Mode.POLL)
+    keeper = Bookkeeper(job, order.slot, deps.sink, deps.queue, takes_streams=takes_streams)
     outbox, inbox = anyio.create_memory_object_stream[Piece | Turn](INBOX_ITEMS)
     places = anyio.CapacityLimiter(deps.settings.connections)
     deadline = anyio.current_time() + job.timeout_s * BUDGET_RATIO
-    async with anyio.create_task_group() as group:
+    async with as_one_error(), anyio.create_task_group() as group:
         group.start_soon(keeper.run, inbox)
         async with outbox, anyio.create_task_group() as polls:
             for item in loaded:
@@ -153,7 +157,7 @@ async def run_poll(job: Job, deps: PollDeps) -> Outcome:
 
     if order.source is not None:
         summary, bad = await keeper.close_one(seconds)
-        _log_batch(job, order, summary)
+        _log_batch(job, order, summary, keeper)
         if bad is None:
             return Completed(is_settled=True)
         if bad.status == "dead":
@@ -161,7 +165,7 @@ async def run_poll(job: Job, deps: PollDeps) -> Outcome:
         delay = RETRY_DELAYS_S[min(job.attempt, len(RETRY_DELAYS_S)) - 1]
         return Retryable(bad.reason, max(delay, bad.retry_after_s or 0.0))
     summary = await keeper.close(lambda c, end: _poll_one(order, c, end), seconds)
-    _log_batch(job, order, summary)
+    _log_batch(job, order, summary, keeper)
     return Completed(is_settled=True)
 
 
@@ -184,8 +188,9 @@ async def _split(job: Job, order: PollOrder, deps: PollDeps) -> Outcome:
     return Completed(is_settled=True)
 
 
-def _log_batch(job: Job, order: PollOrder, summary: Summary) -> None:
-    log.info("batch.finished", job_id=job.id, slot=order.slot, mode=order.mode.value, **asdict(summary))
+def _log_batch(job: Job, order: PollOrder, summary: Summary, keeper: Bookkeeper) -> None:
+    fields = asdict(summary) | {"withheld": keeper.withheld, "refused": keeper.refused}
+    log.info("batch.finished", job_id=job.id, slot=order.slot, mode=order.mode.value, **fields)
 
 
 def _poll_one(order: PollOrder, connection: Connection, end: SourceEnd) -> NewJob:
@@ -197,6 +202,9 @@ def _poll_one(order: PollOrder, connection: Connection, end: SourceEnd) -> NewJo
         body.encode(),
         key=connection.tenant_id,
         delay=timedelta(seconds=delay),
+        dedup_id=f"{POLL_ONE} {end.stream.id} {order.mode.value} {order.start} {order.end}",
+        dedup_window=RETRY_DEDUP,
+        only_unclaimed=True,
         max_attempts=len(RETRY_DELAYS_S) + 1,
         timeout_s=600.0,
     )
@@ -232,7 +240,8 @@ async def _take_turn(
     poller = deps.pollers.get(connection.provider)
     turn = Turn(connection)
     due = _due(item, poller, order, now)
-    turn.requests_saved = len(item.streams) - len(due) if order.source is None else 0
+    if due and order.source is None:
+        turn.requests_saved = len(item.streams) - len(due)
     problem: str | None = None
     if isinstance(item.problem, CredentialError):
         turn.parked_reason = str(item.problem)
@@ -295,17 +304,17 @@ async def _take_source(context: _Context, stream: Stream, spec: SourceSpec) -> S
     except TransientError as error:
         return SourceEnd(stream, "retry", reading.end(), str(error), error.retry_after_s)
     except SchemaDriftError as error:
-        excerpt = error.body[:EVIDENCE_BYTES_MAX].decode("utf-8", "replace").replace("\0", "\ufffd")
-        return SourceEnd(stream, "dead", reason=f"{error}; it began: {excerpt}" if excerpt else str(error))
+        excerpt = error.body[:EVIDENCE_BYTES_MAX].decode("utf-8", "replace")
+        return SourceEnd(stream, "dead", reading.end(), f"{error}; it began: {excerpt}" if excerpt else str(error))
     except BadRequestError as error:
         if error.status == NOT_FOUND:
             return SourceEnd(stream, "absent", reason=f"the provider does not offer it: {error}")
-        return SourceEnd(stream, "dead", reason=str(error))
+        return SourceEnd(stream, "dead", reading.end(), str(error))
     except PermanentError as error:
-        return SourceEnd(stream, "dead", reason=str(error))
+        return SourceEnd(stream, "dead", reading.end(), str(error))
     except Exception as error:
         log.exception("source.crashed", source=stream.source, connection=context.connection.label)
-        return SourceEnd(stream, "dead", reason=f"the poller crashed: {type(error).__name__}: {error}")
+        return SourceEnd(stream, "dead", reading.end(), f"the poller crashed: {type(error).__name__}: {error}")
     return SourceEnd(stream, "read" if reading.has_read else "unchanged", reading.end())
 
 
@@ -328,6 +337,7 @@ class _Reading:
         self._covered_from = stream.covered_from
         self._pages = 0
         self._probe_digest: bytes | None = None
+        self._is_whole = False
         self.has_read = False
 
     async def run(self) -> None:
@@ -341,7 +351,7 @@ class _Reading:
                 self._context.turn.requests_saved += self._stream.last_pages
             live = () if window is None else (Chunk(window, self._plan.probe.epoch),)
         for chunk in live:
-            await self._read(chunk, probed)
+            await self._read(chunk, self._seq, probed)
         if live:
             self._fence = Window(
                 self._plan.live[-1].window.start if self._plan.probe is None else self._plan.probe.window.start,
@@ -350,9 +360,11 @@ class _Reading:
             self._reach(self._fence)
         limit = self._context.deps.settings.history_chunks if self._context.order.mode is Mode.TICK else None
         for chunk in self._plan.history[:limit]:
-            window = await self._read(chunk, {})
+            # Each chunk is an attempt of its own: ticks read on beside a long history, and would fence it off.
+            window = await self._read(chunk, await self._context.deps.seqs.next(), {})
             if window is not None:
                 self._reach(window)
+        self._is_whole = True
 
     async def _probe(self, chunk: Chunk) -> tuple[Window | None, Mapping[datetime, Totals]]:
         """Compare a cheap look with what the ledger holds.
@@ -373,7 +385,7 @@ class _Reading:
                 return Window(start, chunk.window.end), probe.totals
         return None, probe.totals
 
-    async def _read(self, chunk: Chunk, probed: Mapping[datetime, Totals]) -> Window | None:
+    async def _read(self, chunk: Chunk, seq: int, probed: Mapping[datetime, Totals]) -> Window | None:
         """Read one page chain and hand it over.
 
         Returns:
@@ -410,10 +422,9 @@ class _Reading:
             Piece(
                 context.connection,
                 self._stream,
-                self._seq,
+                seq,
                 chunk.epoch.grain_id,
                 width,
-                snapshot.window,
                 buckets,
                 witnesses,
             )
@@ -432,6 +443,7 @@ class _Reading:
         if self._fence is None:
             return None
         width = self._stream.epochs[-1].grain.width
+        is_full = self._context.order.mode is Mode.FULL and self._is_whole
         return StreamEnd(
             stream_id=self._stream.id,
             seq=self._seq,
@@ -441,7 +453,6 @@ class _Reading:
             floor=self._floor,
             pages=self._pages or None,
             probe_digest=self._probe_digest,
-            is_hourly=self._plan.is_hourly,
-            is_daily=self._plan.is_daily,
-            is_changed=False,
+            is_hourly=self._plan.is_hourly or is_full,
+            is_daily=self._plan.is_daily or is_full,
         )

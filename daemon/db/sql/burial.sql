@@ -19,6 +19,6 @@ returning id
 -- name: mourn
 with given as (select * from unnest($1::bigint[], $2::text[]) as g(id, reason)),
 logged as (
-  insert into attempt (id, attempt, outcome, note) select g.id, d.attempt + 1, 4, g.reason from given g join dead d using (id)
+  insert into attempt (id, attempt, outcome, note) select g.id, least(d.attempt + 1, 32767), 4, g.reason from given g join dead d using (id)
 )
-update dead d set at = now(), attempt = d.attempt + 1, reason = g.reason from given g where d.id = g.id
+update dead d set at = now(), attempt = least(d.attempt + 1, 32767), reason = g.reason from given g where d.id = g.id

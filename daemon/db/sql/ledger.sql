@@ -150,17 +150,24 @@ update stream s set
   probe_digest = coalesce(g.probe_digest, s.probe_digest),
   read_at = now(), hourly_at = case when g.is_hourly then now() else s.hourly_at end,
   daily_at = case when g.is_daily then now() else s.daily_at end,
-  changed_at = case when g.is_changed then now() else s.changed_at end,
   parked_reason = null
 from unnest($1::bigint[], $2::bigint[], $3::timestamptz[], $4::timestamptz[], $5::timestamptz[], $6::timestamptz[],
-  $7::timestamptz[], $8::int[], $9::bytea[], $10::boolean[], $11::boolean[], $12::boolean[])
-  as g(id, seq, last_start, last_end, covered_from, covered_to, floor_at, pages, probe_digest, is_hourly, is_daily,
-       is_changed)
+  $7::timestamptz[], $8::int[], $9::bytea[], $10::boolean[], $11::boolean[])
+  as g(id, seq, last_start, last_end, covered_from, covered_to, floor_at, pages, probe_digest, is_hourly, is_daily)
 where s.id = g.id and s.last_seq <= g.seq
+
+-- name: stamp_news
+-- What changed wakes the followers of a cost report, and snaps its connection back to the first rung of the idle ladder.
+with news as (
+  update stream set changed_at = now() where id = any($1::bigint[]) returning connection_id
+), mine as materialized (
+  select c.id from connection c where c.id in (select connection_id from news) order by c.id for update
+)
+update connection c set changed_at = now(), next_due_at = least(c.next_due_at, now()) from mine m where m.id = c.id
 
 -- name: close_streams
 -- The poll_one that had the stream to itself is over.
-update stream set open_job = null where id = any($1::bigint[]) and open_job = $2
+update stream set open_job = null where open_job = $1
 
 -- name: open_streams
 update stream s set open_job = g.job from unnest($1::bigint[], $2::bigint[]) as g(id, job) where s.id = g.id
@@ -176,23 +183,21 @@ update stream s set parked_reason = g.reason, read_at = now()
 from unnest($1::bigint[], $2::text[]) as g(id, reason) where s.id = g.id
 
 -- name: end_connections
--- A change snaps the connection back to the first rung of the idle ladder; an answer un-parks what a 401 had parked.
+-- A 401 parks a connection; a turn with answers and without a 401 un-parks it.
 with mine as materialized (
   select c.id from connection c where c.id = any($1::bigint[]) order by c.id for update
 ), given as (
-  select * from unnest($1::bigint[], $2::boolean[], $3::text[], $5::boolean[])
-    as g(id, is_changed, parked_reason, is_proven)
+  select c.id, g.reason, g.reason is not null and c.state = 'active' as is_parked,
+    g.reason is null and g.is_proven and c.state = 'parked' as is_freed
+  from unnest($1::bigint[], $2::boolean[], $3::text[]) as g(id, is_proven, reason) join connection c using (id)
 )
 update connection c set
   polled_at = now(), open_job = case when c.open_job = $4 then null else c.open_job end,
-  changed_at = case when g.is_changed then now() else c.changed_at end,
-  next_due_at = case when g.is_changed then least(c.next_due_at, now()) else c.next_due_at end,
-  state = case when g.parked_reason is not null and c.state = 'active' then 'parked'
-               when g.is_proven and c.state = 'parked' then 'active' else c.state end,
-  state_reason = case when g.parked_reason is not null and c.state in ('active', 'parked') then g.parked_reason
-                      when g.is_proven and c.state = 'parked' then null else c.state_reason end,
-  state_at = case when (g.parked_reason is not null and c.state = 'active') or (g.is_proven and c.state = 'parked')
-                  then now() else c.state_at end
+  state = case when g.is_parked then 'parked' when g.is_freed then 'active' else c.state end,
+  state_reason = case when g.is_freed then null
+                      when g.reason is not null and c.state in ('active', 'parked') then g.reason
+                      else c.state_reason end,
+  state_at = case when g.is_parked or g.is_freed then now() else c.state_at end
 from given g, mine m where g.id = c.id and m.id = c.id
 
 -- name: make_partitions
