@@ -46,7 +46,8 @@ def tick(
         "batches": report.batches,
     }
     if wait:
-        _finish(report.summary or Summary(), json=json, extra=made if not json else {})
+        head = {"slot": report.slot, "created": report.created, "batches": report.batches}
+        _finish(report.summary or Summary(), json=json, extra={} if json else head)
     elif json:
         print_json(made)
     elif report.created:

@@ -139,13 +139,6 @@ create table ledger (
   amount numeric
 ) partition by RANGE (bucket_start);
 
-create table lock_term (
-  name text not null,
-  worker bigint not null,
-  term bigint not null,
-  until timestamp with time zone not null
-);
-
 create table pause (
   host text not null,
   org text not null,
@@ -261,8 +254,6 @@ alter table job add constraint job_pkey PRIMARY KEY (id);
 alter table lease add constraint lease_pkey PRIMARY KEY (id);
 
 alter table ledger add constraint ledger_pkey PRIMARY KEY (tenant_id, bucket_start, row_key, revision);
-
-alter table lock_term add constraint lock_term_pkey PRIMARY KEY (name);
 
 alter table pause add constraint pause_pkey PRIMARY KEY (host, org);
 

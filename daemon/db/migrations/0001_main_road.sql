@@ -284,13 +284,6 @@ create table worker (
   info       text not null default ''
 ) with (fillfactor = 50);
 
-create table lock_term (                            -- housekeeping that one replica at a time should do
-  name   text primary key,
-  worker bigint not null,
-  term   bigint not null,
-  until  timestamptz not null
-);
-
 -- The names that people know (River's), over the state tables. A finished job has no row here: see `attempt`.
 create view job_state as
   select j.id, j.kind, j.key_id, 'available' as state, r.run_at, r.attempt from ready r join job j using (id)

@@ -27,8 +27,11 @@ with s as (
   where c.state <> 'archived' and ($1::text is null or t.name = $1)
 )
 select tenant, connection, provider, source, 'parked' as kind, null::timestamptz as from_at, null::timestamptz as to_at,
-  coalesce(parked_reason, state_reason) as reason
-from s where parked_reason is not null or (state = 'parked' and source is null)
+  parked_reason as reason
+from s where parked_reason is not null
+union all
+select distinct tenant, connection, provider, null, 'parked', null::timestamptz, null::timestamptz, state_reason
+from s where state = 'parked'
 union all
 select tenant, connection, provider, source, case when state = 'paused' then 'paused' else 'never_read' end,
   wanted_from, date_trunc('hour', now(), 'UTC'), state_reason
