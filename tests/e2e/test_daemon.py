@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import tempfile
 from collections.abc import AsyncIterator
 from decimal import Decimal
 from pathlib import Path
@@ -186,10 +188,8 @@ async def test_a_database_that_drops_everyone_is_met_again(tallyd: Tallyd, sim: 
 
 
 async def test_a_server_that_stops_and_starts_is_met_again(tmp_path: Path, sim: Sim) -> None:
-    folder = tmp_path / "server"
-    folder.mkdir()
-    for parent in (folder, *folder.parents[:3]):
-        parent.chmod(0o755)  # as root the server runs as another user
+    folder = Path(tempfile.mkdtemp(prefix="tallyd-e2e-"))
+    folder.chmod(0o755)  # as root the server runs as another user
     cluster = Cluster(folder)
     cluster.create(sync=False)
     tallyd = Tallyd(cluster.url(), tmp_path)
@@ -220,6 +220,7 @@ async def test_a_server_that_stops_and_starts_is_met_again(tmp_path: Path, sim: 
         if replica is not None:
             replica.kill()
         await anyio.to_thread.run_sync(cluster.stop)
+        shutil.rmtree(folder)
 
 
 async def test_a_start_without_a_database_fails_in_words(tallyd: Tallyd) -> None:
