@@ -122,7 +122,7 @@ class Books:
             snapshot = await self.poller.fetch(connection.target, SOURCE, epoch.grain, window, Canned(body))
             keyer = Keyer(connection.id, SOURCE, epoch.grain)
             buckets = tuple(ready_buckets(snapshot, keyer, "usage", self._price))
-            made.append(Piece(connection, account.stream, seq, epoch.grain_id, epoch.grain.width, window, buckets))
+            made.append(Piece(connection, account.stream, seq, epoch.grain_id, epoch.grain.width, buckets))
         return made
 
     async def leased(self) -> Job:
@@ -139,11 +139,11 @@ class Books:
         ends = [
             ledger.StreamEnd(
                 account.stream.id, seq, window, window.start, window.end, None, 1, None,
-                is_hourly=False, is_daily=False, is_changed=False,
+                is_hourly=False, is_daily=False,
             )
             for account, seq in zip(self.accounts, seqs, strict=True)
         ]  # fmt: skip
-        turns = [ledger.ConnectionEnd(a.connection.id, False, True, None) for a in self.accounts]
+        turns = [ledger.ConnectionEnd(a.connection.id, True, None) for a in self.accounts]
 
         async def finish(tx: Session, effects: Effects) -> None:
             rows = sum(effect.rows for effect in effects.values())
