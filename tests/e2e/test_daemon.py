@@ -189,7 +189,7 @@ async def test_a_database_that_drops_everyone_is_met_again(tallyd: Tallyd, sim: 
 
 async def test_a_server_that_stops_and_starts_is_met_again(tmp_path: Path, sim: Sim) -> None:
     folder = Path(tempfile.mkdtemp(prefix="tallyd-e2e-"))
-    folder.chmod(0o755)  # as root the server runs as another user
+    folder.chmod(0o755)  # as root the server runs as another user  # noqa: ASYNC240 - one quick call
     cluster = Cluster(folder)
     cluster.create(sync=False)
     tallyd = Tallyd(cluster.url(), tmp_path)
