@@ -35,11 +35,14 @@ class GovernorSettings:
     breaker_failures: int = 5
     breaker_s: float = 30.0
     host_orgs: int = 3
-    interval_s_max: float = 60.0
+    interval_s_max: float = 10.0
 
 
 INTERVAL_S_FIRST = 0.5
-INTERVAL_S_STEP = 0.1
+RATE_STEP = 0.5
+"""Requests a second that each good answer adds to a slowed pace; a 429 halves it."""
+RATE_FREE = 20.0
+"""From this pace on an organisation is not held back at all."""
 
 
 @dataclass(slots=True)
@@ -99,17 +102,25 @@ class Governor:
                 account.interval_s = min(self._settings.interval_s_max, max(INTERVAL_S_FIRST, account.interval_s * 2))
                 if error.retry_after_s:
                     self._pause(host, org, error.retry_after_s, "the provider asked to wait")
+                else:
+                    self._fail(host, org, error)
                 raise
             except UpstreamUnavailableError as error:
-                account.failures += 1
-                if account.failures >= self._settings.breaker_failures:
-                    self._pause(host, org, self._settings.breaker_s, str(error))
+                self._fail(host, org, error)
                 raise
             except Exception:
                 account.failures = 0  # an answer, if not a welcome one
                 raise
             account.failures = 0
-            account.interval_s = max(0.0, account.interval_s - INTERVAL_S_STEP)
+            if account.interval_s:
+                rate = 1 / account.interval_s + RATE_STEP
+                account.interval_s = 1 / rate if rate < RATE_FREE else 0.0
+
+    def _fail(self, host: str, org: str, error: Exception) -> None:
+        account = self._host(host).orgs[org]
+        account.failures += 1
+        if account.failures >= self._settings.breaker_failures:
+            self._pause(host, org, self._settings.breaker_s, str(error))
 
     def _pause(self, host: str, org: str, seconds: float, reason: str) -> None:
         place, until = self._host(host), self._now() + seconds
