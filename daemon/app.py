@@ -24,7 +24,7 @@ import structlog
 
 from daemon import __version__, orchestrate
 from daemon.config import Settings
-from daemon.db import embedded, migrate, streams, ticks
+from daemon.db import embedded, migrate, ticks
 from daemon.db.connections import ConnectionStore, NewConnection, Rotation
 from daemon.db.insights import Check, Gap, Insights, Question, Report, SpendLine, Status, UsageLine
 from daemon.db.pool import Database
@@ -36,9 +36,10 @@ from daemon.db.secrets import (
     new_key,
     parse_keys,
 )
+from daemon.db.streams import GrainOf
 from daemon.db.tenants import TenantStore
 from daemon.domain.connection import ConnectionId, Identity, Secret, Target
-from daemon.domain.errors import ConfigError, DaemonError, PermanentError, TransientError, UsageError
+from daemon.domain.errors import ConfigError, DaemonError, PermanentError, TransientError
 from daemon.domain.job import Completed, Job, NewJob, Outcome, Summary, WorkerId
 from daemon.domain.ports import Answer
 from daemon.domain.record import Rating
@@ -46,7 +47,6 @@ from daemon.domain.window import EPOCH
 from daemon.pollers.registry import Pollers, load_pollers
 from daemon.queue.maintenance import DeadDetail, DeadLetter, QueueMaintenance, QueueStats
 from daemon.queue.postgres import PostgresQueue
-from daemon.records.identity import grain_id
 from daemon.records.price import Pricer
 from daemon.sinks.ledger import LedgerSink
 from daemon.worker.caller import RetrySettings
@@ -218,7 +218,7 @@ class App:
         if self.settings.secret_key is not None:
             return await self.connections.rotate()
         keys = parse_keys(add_key_to_file(self.settings.key_file).reveal())
-        rotation = await ConnectionStore(self.db, Keyring(keys)).rotate()
+        rotation = await ConnectionStore(self.db, Keyring(keys), cutter(self.pollers)).rotate()
         if not rotation.failed:
             drop_old_keys_from_file(self.settings.key_file)
         return rotation
@@ -304,27 +304,11 @@ class App:
         """Replace a connection's settings; where they cut a source anew, a new grain owns its next buckets on.
 
         Raises:
-            UsageError: a setting that the provider does not know, or a change while another is still to come.
+            UsageError: a setting that the provider does not know.
         """
         connection = await self.connections.get(tenant, name)
-        poller = self.pollers.named(connection.provider)
-        poller.check_settings(settings)
-        now = await self.db.now()
+        self.pollers.named(connection.provider).check_settings(settings)
         await self.connections.set_settings(tenant, name, settings)
-        loaded, _ = await streams.load(
-            self.db, self.keyring, [connection.id], lambda c: grains_of(self.pollers, c), now
-        )
-        for stream in loaded[0].streams.values():
-            grain = poller.grain(stream.source, settings)
-            old = stream.epochs[-1]
-            if grain_id(grain) == old.grain_id:
-                continue
-            boundary = max(grain.width.ceil(now), old.grain.width.ceil(now))
-            async with self.db.transaction() as tx:
-                if not await streams.regroup(tx, stream.id, boundary, grain_id(grain), grain):
-                    raise UsageError(
-                        "settings", f"{stream.source} is to be cut anew at {old.start} already", "try again after that"
-                    )
 
 
 class _OnceCaller:
@@ -375,19 +359,25 @@ async def open_app(settings: Settings, *, is_migrating: bool = True) -> AsyncIte
         queue = PostgresQueue(db)
         secret = settings.secret_key or load_or_create_key_file(settings.key_file)
         keyring = Keyring(parse_keys(secret.reveal()))
+        pollers = load_pollers()
         app = App(
             settings,
             db,
             keyring,
             TenantStore(db),
-            ConnectionStore(db, keyring),
+            ConnectionStore(db, keyring, cutter(pollers)),
             Insights(db),
             QueueMaintenance(db),
             queue,
-            load_pollers(),
+            pollers,
         )
         stack.push_async_callback(app.aclose)
         yield app
+
+
+def cutter(pollers: Pollers) -> GrainOf:
+    """How each connection's settings cut its sources."""
+    return lambda connection: grains_of(pollers, connection)
 
 
 def poll_deps(

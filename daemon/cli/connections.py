@@ -33,6 +33,10 @@ CredentialEnv = Annotated[
 CredentialFile = Annotated[Path | None, typer.Option("--credential-file", help="Read the key from this file.")]
 CredentialStdin = Annotated[bool, typer.Option("--credential-stdin", help="Read the key from stdin.")]
 AllowInsecure = Annotated[bool, typer.Option("--allow-insecure", help="Allow http:// beyond this machine.")]
+Revive = Annotated[
+    bool,
+    typer.Option("--revive", help="The archived one of this name is the same organisation; book on where it ended."),
+]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Store it without asking the provider.")]
 
 
@@ -77,6 +81,7 @@ def add(
     allow_duplicate: Annotated[
         bool, typer.Option("--allow-duplicate", help="Though another connection reads the same organisation.")
     ] = False,
+    revive: Revive = False,
     allow_insecure: AllowInsecure = False,
     no_check: NoCheck = False,
     json: Json = False,
@@ -99,7 +104,7 @@ def add(
         )
         identity = Identity(None) if no_check else await prove(a, provider, url, credential, settings or {})
         new = NewConnection(tenant, name, provider, url, credential, start, settings, identity.org_id)
-        added = await a.connections.add(new, allow_duplicate=allow_duplicate)
+        added = await a.connections.add(new, allow_duplicate=allow_duplicate, revive=revive)
         return {
             "id": added.id,
             "tenant": tenant,
@@ -268,6 +273,7 @@ def import_(
     allow_duplicate: Annotated[
         bool, typer.Option("--allow-duplicate", help="Though two of them read the same organisation.")
     ] = False,
+    revive: Revive = False,
     allow_insecure: AllowInsecure = False,
     json: Json = False,
 ) -> None:
@@ -284,6 +290,7 @@ def import_(
             file,
             is_checking=check,
             allow_duplicate=allow_duplicate,
+            revive=revive,
             allow_insecure=allow_insecure or a.settings.allow_insecure,
         )
 

@@ -27,7 +27,7 @@ CHECKS_AT_ONCE = 16
 
 
 async def import_file(
-    app: App, path: Path, *, is_checking: bool, allow_duplicate: bool, allow_insecure: bool
+    app: App, path: Path, *, is_checking: bool, allow_duplicate: bool, revive: bool, allow_insecure: bool
 ) -> dict[str, int]:
     """Import a file and count its lines. Raises ImportRefusedError naming every bad line."""
     with _progress() as progress:
@@ -40,7 +40,7 @@ async def import_file(
             raise ImportRefusedError(problems)
         if progress:
             progress.add_task(f"storing {len(news)} connections", total=None)
-        report = await app.connections.add_many(news, allow_duplicate=allow_duplicate)
+        report = await app.connections.add_many(news, allow_duplicate=allow_duplicate, revive=revive)
     return {"lines": len(news), "added": report.added, "revived": report.revived}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from daemon.db import streams
 from daemon.db.pool import Database, Record, Session, query
 from daemon.db.secrets import Keyring, Place, Sealed, credential_print
 from daemon.db.tenants import NAME_RULE
@@ -29,6 +30,7 @@ _LIST = query("connection_list")
 _SEALED = query("connection_sealed")
 _SET_STATE = query("connection_set_state")
 _SET_CREDENTIAL = query("connection_set_credential")
+_LOCK_STREAMS = query("connection_lock_streams")
 _SET_SETTINGS = query("connection_set_settings")
 _SEALED_BATCH = query("connections_sealed_batch")
 _SEALED_LOCK = query("connections_sealed_lock")
@@ -136,14 +138,19 @@ def _refusal(new: NewConnection, field_: str, problem: str, fix: str) -> str:
     return (f"line {new.line}: " if new.line else "") + f"{field_}: {problem}; {fix}"
 
 
-def _same_organisation(known: _Known, new: NewConnection, print_: bytes) -> bool:
-    """Two different organisations are surely different; an unknown one is judged by its key, then by its name."""
+def _is_same(known: _Known, new: NewConnection, print_: bytes) -> bool:
+    """Whether both are surely of one organisation: by its id, or where that is not known, by the key."""
     if known.org_id is not None and new.org_id is not None:
         return known.org_id == new.org_id
-    return known.print == print_ or known.name == new.name
+    return known.print == print_
 
 
-def _plan(news: Iterable[NewConnection], stored: Iterable[_Known], *, allow_duplicate: bool) -> _Plan:
+def _may_be_same(known: _Known, new: NewConnection) -> bool:
+    """Nothing says that they are two organisations, but the name alone says that they are one."""
+    return known.name == new.name and (known.org_id is None or new.org_id is None)
+
+
+def _plan(news: Iterable[NewConnection], stored: Iterable[_Known], *, allow_duplicate: bool, revive: bool) -> _Plan:
     """What each new connection becomes: a row, a revival, or a problem. Pure."""
     plan = _Plan()
     by_name: dict[tuple[str, str], _Known] = {}
@@ -157,8 +164,12 @@ def _plan(news: Iterable[NewConnection], stored: Iterable[_Known], *, allow_dupl
         account = by_account[new.tenant, new.provider]
         namesake = by_name.get((new.tenant, new.name))
         live = [known for known in account if known.state != "archived"]
-        twin = next((k for k in live if k.base_url == new.base_url and _is_surely_same(k, new, print_)), None)
-        archived = [k for k in account if k.state == "archived" and _same_organisation(k, new, print_)]
+        twin = next((k for k in live if k.base_url == new.base_url and _is_same(k, new, print_)), None)
+        archived = [
+            k
+            for k in account
+            if k.state == "archived" and (_is_same(k, new, print_) or (revive and _may_be_same(k, new)))
+        ]
         # The surest match first: the organisation, then the key, then the name.
         archived.sort(key=lambda k: (k.org_id is None or k.org_id != new.org_id, k.print != print_, k.name != new.name))
         revived = archived[0] if archived else None
@@ -166,13 +177,20 @@ def _plan(news: Iterable[NewConnection], stored: Iterable[_Known], *, allow_dupl
             plan.problems.append(_refusal(new, "name", f"{new.name!r} is no name", NAME_RULE))
         elif namesake is not None and namesake is not revived:
             where = f" (line {namesake.line})" if namesake.line else ""
-            if namesake.state == "archived":
+            fix = "choose another name"
+            if namesake.state != "archived":
+                problem = f"connection {label} exists already{where}"
+            elif namesake.provider == new.provider and _may_be_same(namesake, new):
+                problem = (
+                    f"{label} was the name of an archived connection, and neither key nor organisation shows that it "
+                    "was this account's: another one's answers would undo its bookings"
+                )
+                fix = "pass --revive if it is the same organisation, else choose another name"
+            else:
                 problem = (
                     f"{label} was the name of an archived connection of another account, and stays with its bookings"
                 )
-            else:
-                problem = f"connection {label} exists already{where}"
-            plan.problems.append(_refusal(new, "name", problem, "choose another name"))
+            plan.problems.append(_refusal(new, "name", problem, fix))
         elif twin is not None and not allow_duplicate:
             where = f" (line {twin.line})" if twin.line else ""
             plan.problems.append(
@@ -197,19 +215,19 @@ def _plan(news: Iterable[NewConnection], stored: Iterable[_Known], *, allow_dupl
     return plan
 
 
-def _is_surely_same(known: _Known, new: NewConnection, print_: bytes) -> bool:
-    if known.org_id is not None and new.org_id is not None:
-        return known.org_id == new.org_id
-    return known.print == print_
-
-
 class ConnectionStore:
-    def __init__(self, db: Database, keyring: Keyring) -> None:
+    """`grains_of` says how settings cut a connection's sources: new ones cut its streams in the same transaction."""
+
+    def __init__(self, db: Database, keyring: Keyring, grains_of: streams.GrainOf) -> None:
         self._db = db
         self._keyring = keyring
+        self._grains_of = grains_of
 
-    async def add(self, new: NewConnection, *, allow_duplicate: bool = False) -> Added:
+    async def add(self, new: NewConnection, *, allow_duplicate: bool = False, revive: bool = False) -> Added:
         """Add a connection, or revive the archived one of the same tenant, provider and organisation.
+
+        Args:
+            revive: the archived one of the same name is of the same organisation, though nothing proves it.
 
         Raises:
             UsageError: there is no such tenant, or the name is none.
@@ -221,14 +239,16 @@ class ConnectionStore:
             tenant_id = await tx.fetchval(_TENANT_LOCK, new.tenant)
             if tenant_id is None:
                 raise UsageError("--tenant", f"there is no tenant {new.tenant!r}", f"`tallyd tenants add {new.tenant}`")
-            plan = _plan([new], await _stored(tx, [tenant_id]), allow_duplicate=allow_duplicate)
+            plan = _plan([new], await _stored(tx, [tenant_id]), allow_duplicate=allow_duplicate, revive=revive)
             if plan.problems:
                 raise ConflictError(plan.problems[0])
             ids = await self._write(tx, plan, {new.tenant: tenant_id})
         return Added(ids[0], is_revived=bool(plan.revivals))
 
-    async def add_many(self, news: Sequence[NewConnection], *, allow_duplicate: bool = False) -> Imported:
-        """Add all of them with their missing tenants, or none.
+    async def add_many(
+        self, news: Sequence[NewConnection], *, allow_duplicate: bool = False, revive: bool = False
+    ) -> Imported:
+        """Add all of them with their missing tenants, or none; otherwise as `add`.
 
         Raises:
             ImportRefusedError: names every line that cannot be; nothing was stored.
@@ -242,7 +262,7 @@ class ConnectionStore:
             rows = await tx.fetch(_TENANTS_ENSURE, sorted({new.tenant for new in news}))
             tenant_ids = {row["name"]: row["id"] for row in rows}
             stored = await _stored(tx, list(tenant_ids.values()))
-            plan = _plan(news, stored, allow_duplicate=allow_duplicate)
+            plan = _plan(news, stored, allow_duplicate=allow_duplicate, revive=revive)
             if plan.problems:
                 raise ImportRefusedError(plan.problems)
             await self._write(tx, plan, tenant_ids)
@@ -292,9 +312,12 @@ class ConnectionStore:
                         new.since,
                     )
                 )
+            revived = [ConnectionId(known.id) for known, _ in plan.revivals]
+            await streams.lock_of(tx, revived)
+            await tx.execute(_UNPARK, revived)
             await tx.execute(_REVIVE, *_columns(rows))
-            ids = [*ids, *(known.id for known, _ in plan.revivals)]
-            await tx.execute(_UNPARK, ids)
+            await streams.recut(tx, revived, self._grains_of)
+            ids = [*ids, *revived]
         return [ConnectionId(connection_id) for connection_id in ids]
 
     async def list(
@@ -365,10 +388,12 @@ class ConnectionStore:
         return ConnectionId(row["id"])
 
     async def set_settings(self, tenant: str, name: str, settings: Mapping[str, Any]) -> ConnectionId:
-        """Replace the settings. Whether streams must be cut anew is judged by the caller."""
+        """Replace the settings, which the caller has checked. Where they cut a source anew, its next buckets follow."""
         async with self._db.transaction() as tx:
+            await tx.execute(_LOCK_STREAMS, tenant, name)
             row = await self._one(tx, tenant, name)
             await tx.execute(_SET_SETTINGS, row["id"], _json(settings))
+            await streams.recut(tx, [ConnectionId(row["id"])], self._grains_of)
         return ConnectionId(row["id"])
 
     async def rotate(self, *, batch: int = BATCH) -> Rotation:

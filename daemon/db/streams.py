@@ -22,8 +22,9 @@ _ADD_STREAMS = query("add_streams")
 _STREAMS = query("streams_for_poll")
 _EPOCHS_OF = query("epochs_of")
 _HELD = query("held_totals")
-_REGROUP = query("regroup")
-_LOCK_STREAM = query("lock_stream")
+_LOCK_OF = query("lock_streams_of")
+_CUTS_OF = query("cuts_of")
+_ADD_EPOCHS = query("add_epochs")
 
 GrainOf = Callable[[Connection], Mapping[str, tuple[GrainId, Grain]]]
 """The sources of a connection's provider, each with the grain that its settings ask for."""
@@ -54,6 +55,7 @@ async def load(
     """
     connections: dict[ConnectionId, Connection] = {}
     problems: dict[ConnectionId, CredentialError | ConfigError] = {}
+    settings: dict[ConnectionId, str] = {}
     for row in await db.fetch(_CONNECTIONS, list(ids)):
         connection = _connection(row)
         place = Place(connection.tenant_id, connection.id, connection.provider)
@@ -63,6 +65,7 @@ async def load(
         except (CredentialError, ConfigError) as error:
             problems[connection.id] = error
         connections[connection.id] = connection
+        settings[connection.id] = row["settings"]
     rows = await db.fetch(_STREAMS, list(connections))
     known: dict[ConnectionId, set[str]] = defaultdict(set)
     for row in rows:
@@ -83,6 +86,7 @@ async def load(
             [grain.api for *_, grain in wanted],
             [grain.width.value for *_, grain in wanted],
             [",".join(grain.group_by) for *_, grain in wanted],
+            [settings[c.id] for c, *_ in wanted],
         )
         rows = await db.fetch(_STREAMS, list(connections))
     epochs = await _epochs(db, [row["id"] for row in rows])
@@ -94,11 +98,31 @@ async def load(
     return [Loaded(c, streams[c.id], problems.get(c.id)) for c in connections.values()], now
 
 
-async def regroup(tx: Executor, stream: StreamId, start: datetime, name: GrainId, grain: Grain) -> bool:
-    """Let `grain` own the stream's buckets from `start` (a boundary of it) on. False while a later epoch exists."""
-    await tx.fetchval(_LOCK_STREAM, stream)
-    args = (stream, start, name, grain.api, grain.width.value, list(grain.group_by))
-    return await tx.fetchval(_REGROUP, *args) is not None
+async def lock_of(tx: Executor, connections: Sequence[ConnectionId]) -> None:
+    """Hold the connections' streams. A flush locks streams before connections: so must whoever needs both."""
+    await tx.execute(_LOCK_OF, list(connections))
+
+
+async def recut(tx: Executor, connections: Sequence[ConnectionId], grains_of: GrainOf) -> None:
+    """Let the grains that the stored settings ask for own the next buckets, where others own them now.
+
+    The boundary is judged under the streams' locks (`lock_of`, before the settings are changed), by a clock that is
+    read after them. It lies past every bucket that is booked, so that none has rows of two grains; a cut that is still
+    to come is replaced.
+    """
+    wanted = {row["id"]: grains_of(_connection(row)) for row in await tx.fetch(_CONNECTIONS, list(connections))}
+    cuts = []
+    for row in await tx.fetch(_CUTS_OF, list(wanted)):
+        name, grain = wanted[row["connection_id"]].get(row["source"], (row["grain_id"], None))
+        if grain is None or name == row["grain_id"]:
+            continue
+        old = Width(row["width"])
+        booked_to = row["newest"] + old.delta if row["newest"] is not None else row["start_at"]
+        coarser = max(old, grain.width, key=lambda width: width.seconds)
+        boundary = coarser.ceil(max(row["now"], row["start_at"], booked_to))
+        cuts.append((row["id"], boundary, name, grain.api, grain.width.value, ",".join(grain.group_by)))
+    if cuts:
+        await tx.execute(_ADD_EPOCHS, *map(list, zip(*cuts, strict=True)))
 
 
 def _connection(row: Record) -> Connection:
@@ -112,6 +136,7 @@ def _connection(row: Record) -> Connection:
         since=row["since"],
         state=row["state"],
         org_id=row["org_id"],
+        sealed=row["credential"],
     )
 
 

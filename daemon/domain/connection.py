@@ -62,7 +62,10 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One tenant's account at one provider."""
+    """One tenant's account at one provider.
+
+    `sealed` is the credential as it was stored when it was loaded: another text since then means that it was replaced.
+    """
 
     id: ConnectionId
     tenant_id: TenantId
@@ -73,6 +76,7 @@ class Connection:
     since: datetime
     state: ConnectionState
     org_id: str | None = None
+    sealed: bytes | None = field(default=None, repr=False)
 
     @property
     def label(self) -> str:

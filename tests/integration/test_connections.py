@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import anyio
 import pytest
 
-from daemon.db.connections import ConnectionStore, NewConnection
+from daemon.db.connections import Added, ConnectionStore, NewConnection
 from daemon.db.pool import Database
 from daemon.db.secrets import Keyring, Place, Sealed, credential_print
 from daemon.db.tenants import TenantStore
@@ -27,7 +27,7 @@ def connection(name: str = "main", key: str = "sk-admin-1", **more: object) -> N
 @pytest.fixture
 async def store(db: Database) -> ConnectionStore:
     await TenantStore(db).add("acme")
-    return ConnectionStore(db, Keyring([OLD]))
+    return ConnectionStore(db, Keyring([OLD]), lambda _: {})
 
 
 async def test_added_connection_opens_to_what_was_stored(store: ConnectionStore, db: Database) -> None:
@@ -71,7 +71,6 @@ async def test_same_key_is_the_same_organisation_when_none_is_known(store: Conne
     [
         pytest.param({"org_id": "org-1"}, {"name": "renamed", "key": "sk-2", "org_id": "org-1"}, id="organisation"),
         pytest.param({}, {"name": "renamed", "org_id": "org-1"}, id="key"),
-        pytest.param({"org_id": "org-1"}, {"key": "sk-2"}, id="name"),
     ],
 )
 async def test_archived_connection_is_revived_under_its_id(
@@ -91,6 +90,30 @@ async def test_archived_connection_is_revived_under_its_id(
     assert (revived.org_id, revived.state) == ("org-1", "active")
     assert revived.target.settings == {"api": "analytics"}
     assert await db.fetchval("select parked_reason from stream") is None
+
+
+@pytest.mark.parametrize(("before", "again"), [({}, {}), ({"org_id": "org-1"}, {}), ({}, {"org_id": "org-1"})])
+async def test_name_alone_revives_only_when_asked_to(
+    store: ConnectionStore, before: dict[str, str], again: dict[str, str]
+) -> None:
+    """A stranger's answers would book what the first organisation has spent down to zero."""
+    first = await store.add(connection(**before))
+    await store.remove("acme", "main")
+    new = connection(key="sk-2", **again)
+    with pytest.raises(ConflictError, match=r"neither key nor organisation shows.*pass --revive if it is the same"):
+        await store.add(new)
+    with pytest.raises(ImportRefusedError, match=r"line 7: name: .*--revive"):
+        await store.add_many([replace(new, line=7)])
+    assert await store.add(new, revive=True) == Added(first.id, is_revived=True)
+
+
+async def test_revival_that_is_asked_for_needs_the_name_and_no_other_organisation(store: ConnectionStore) -> None:
+    await store.add(connection(org_id="org-1"))
+    await store.remove("acme", "main")
+    assert not (await store.add(connection("other", "sk-2"), revive=True)).is_revived
+    for new in (connection(key="sk-3", org_id="org-2"), connection(key="sk-3", provider="anthropic")):
+        with pytest.raises(ConflictError, match=r"archived connection of another account.*choose another name"):
+            await store.add(new, revive=True)
 
 
 async def test_name_of_another_archived_organisation_stays_with_its_bookings(store: ConnectionStore) -> None:
@@ -165,13 +188,13 @@ async def test_rotation_reseals_everything_and_can_be_run_again(store: Connectio
         await store.add(connection(f"c{n}", f"sk-{n}"))
     await store.remove("acme", "c4")
     await db.execute("update connection set credential = '\\x00' where name = 'c2'")
-    rotated = ConnectionStore(db, Keyring([NEW, OLD]))
+    rotated = ConnectionStore(db, Keyring([NEW, OLD]), lambda _: {})
     report = await rotated.rotate(batch=2)
     assert report.resealed == 4
     assert len(report.failed) == 1
     assert "altered" in report.failed[0]
     assert (await rotated.rotate()).resealed == 0
-    only_new = ConnectionStore(db, Keyring([NEW]))
+    only_new = ConnectionStore(db, Keyring([NEW]), lambda _: {})
     assert (await only_new.get("acme", "c1")).target.credential == Secret("sk-1")
     with pytest.raises(ConfigError, match="add that key back"):
         await only_new.get("acme", "c2")

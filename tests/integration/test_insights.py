@@ -32,7 +32,7 @@ async def insights(db: Database) -> Insights:
     """acme/main: one usage row that grew and was corrected, one that vanished, an unpriced one; and a cost row."""
     await db.execute("select ledger_make_partitions(array['2026-11-20'::timestamptz])")
     await TenantStore(db).add("acme")
-    store = ConnectionStore(db, Keyring([b"k" * 32]))
+    store = ConnectionStore(db, Keyring([b"k" * 32]), lambda _: {})
     await store.add(
         NewConnection("acme", "main", "openai", "https://x.example", Secret("sk-1"), datetime(2026, 11, 1, tzinfo=UTC))
     )

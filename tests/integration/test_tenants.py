@@ -24,7 +24,7 @@ async def test_name_that_cannot_be_is_refused(db: Database, name: str) -> None:
 
 
 async def test_removed_tenant_takes_its_connections_along_and_comes_back_as_itself(db: Database) -> None:
-    tenants, connections = TenantStore(db), ConnectionStore(db, Keyring([b"k" * 32]))
+    tenants, connections = TenantStore(db), ConnectionStore(db, Keyring([b"k" * 32]), lambda _: {})
     first = await tenants.add("acme")
     new = NewConnection("acme", "main", "openai", "https://api.openai.com/v1", Secret("sk-1"))
     added = await connections.add(new)

@@ -68,6 +68,11 @@ update connection set credential = $2, credential_key_id = $3, credential_print 
   next_due_at = now(), changed_at = now()
 where id = $1
 
+-- name: connection_lock_streams
+-- Streams before their connection, as a flush locks them.
+select s.id from stream s join connection c on c.id = s.connection_id join tenant t on t.id = c.tenant_id
+where t.name = $1 and c.name = $2 order by s.id for update of s
+
 -- name: connection_set_settings
 update connection set settings = $2::jsonb, next_due_at = now() where id = $1
 

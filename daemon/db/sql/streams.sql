@@ -5,9 +5,14 @@ from connection c join tenant t on t.id = c.tenant_id
 where c.id = any($1::bigint[]) order by c.id
 
 -- name: add_streams
-with new as (
+-- Not where the settings have changed since they were read: the grain would be that of the old ones.
+with same as materialized (
+  select c.id from (select distinct * from unnest($2::bigint[], $8::text[]) as u(id, settings)) g
+  join connection c on c.id = g.id where c.settings = g.settings::jsonb order by c.id for share of c
+), new as (
   insert into stream (tenant_id, connection_id, source)
-  select * from unnest($1::bigint[], $2::bigint[], $3::text[])
+  select g.* from unnest($1::bigint[], $2::bigint[], $3::text[]) as g(tenant_id, connection_id, source)
+  join same on same.id = g.connection_id
   on conflict (connection_id, source) do nothing
   returning id, connection_id, source
 )
@@ -27,17 +32,24 @@ select b.stream_id, b.bucket_start, b.totals, b.total_quantity, b.total_amount
 from unnest($1::bigint[], $2::timestamptz[]) as g(stream_id, since)
 join bucket b on b.stream_id = g.stream_id and b.bucket_start >= g.since
 
--- name: regroup
--- A new grain owns the buckets from `start_at` on. Refused (no row) while a later epoch exists.
+-- name: lock_streams_of
+select id from stream where connection_id = any($1::bigint[]) order by id for update
+
+-- name: cuts_of
+-- How each stream is cut from now on, and how far it is booked. After the lock: this needs a snapshot of its own.
+select s.id, s.connection_id, s.source, e.start_at, e.grain_id, e.width, clock_timestamp() as now,
+  (select max(b.bucket_start) from bucket b where b.stream_id = s.id) as newest
+from stream s cross join lateral (
+  select * from grain_epoch e where e.stream_id = s.id order by e.start_at desc limit 1) e
+where s.connection_id = any($1::bigint[])
+
+-- name: add_epochs
 insert into grain_epoch (stream_id, start_at, grain_id, api, width, group_by)
-select $1, $2, $3, $4, $5, $6
-where not exists (select from grain_epoch e where e.stream_id = $1 and e.start_at > $2)
+select stream_id, start_at, grain_id, api, width, string_to_array(group_by, ',')
+from unnest($1::bigint[], $2::timestamptz[], $3::text[], $4::text[], $5::text[], $6::text[])
+  as g(stream_id, start_at, grain_id, api, width, group_by)
 on conflict (stream_id, start_at) do update
   set grain_id = excluded.grain_id, api = excluded.api, width = excluded.width, group_by = excluded.group_by
-returning stream_id
-
--- name: lock_stream
-select id from stream where id = $1 for update
 
 -- name: pauses
 select host, org, extract(epoch from until - now())::float8 as seconds, reason from pause where until > now()
