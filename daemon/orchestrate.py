@@ -21,7 +21,7 @@ from daemon.domain.errors import UsageError
 from daemon.domain.job import Job, NewJob, WorkerId
 from daemon.domain.window import EPOCH, floor_to, rfc3339
 from daemon.queue.postgres import PostgresQueue
-from daemon.worker.poll import POLL, PollOrder
+from daemon.worker.poll import POLL, POLL_ATTEMPTS_MAX, PollOrder
 
 log = structlog.get_logger()
 
@@ -139,6 +139,7 @@ async def tick(
                 POLL,
                 PollOrder([*batch], slot=current).encode(),
                 prio=50,
+                max_attempts=POLL_ATTEMPTS_MAX,
                 timeout_s=settings.batch_timeout_s,
             )
             for batch in planned.batches

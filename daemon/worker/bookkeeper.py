@@ -176,7 +176,9 @@ class Bookkeeper:
             ends = [self._verdict(end) for end in turn.ends]
             flush.ends += [end.end for end in ends if end.end is not None]
             flush.parked |= {end.stream.id: end.reason for end in ends if end.status in ("parked", "absent")}
-            flush.connection_ends.append(ledger.ConnectionEnd(turn.connection.id, turn.is_proven, turn.parked_reason))
+            flush.connection_ends.append(
+                ledger.ConnectionEnd(turn.connection.id, turn.is_proven, turn.parked_reason, turn.connection.sealed)
+            )
         return flush
 
     async def _lock_lease(self, tx: Session) -> None:

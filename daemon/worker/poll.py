@@ -52,6 +52,8 @@ SPLIT_AFTER_LOSSES = 2
 """A batch that lost its worker this often is split: one of its connections may be what kills them."""
 RETRY_DELAYS_S = (30.0, 120.0, 480.0, 1200.0)
 """Between the five tries of a `poll_one`, which so has about half an hour; `Retry-After` counts if it is longer."""
+POLL_ATTEMPTS_MAX = 50
+"""Of a batch, whose sources have attempts of their own: what fails it as a whole is Postgres, sooner or later back."""
 RETRY_DEDUP = timedelta(days=1)
 """As long as a `Retry-After` may be: while a source's `poll_one` waits, another failure adds none."""
 EVIDENCE_BYTES_MAX = 1_000
@@ -175,7 +177,12 @@ async def _split(job: Job, order: PollOrder, deps: PollDeps) -> Outcome:
     For its tick the batch is done: the jobs that follow belong to none, or they would count as batches.
     """
     alone = [
-        NewJob(job.kind, msgspec.structs.replace(order, connections=[id_], slot=None).encode(), timeout_s=job.timeout_s)
+        NewJob(
+            job.kind,
+            msgspec.structs.replace(order, connections=[id_], slot=None).encode(),
+            max_attempts=job.max_attempts,
+            timeout_s=job.timeout_s,
+        )
         for id_ in order.connections
     ]
     async with deps.db.transaction() as tx:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import structlog
 
-from daemon.domain.errors import DaemonError, LeaseLostError, TransientError
+from daemon.domain.errors import DaemonError, LeaseLostError, StorageUnavailableError, TransientError
 from daemon.domain.job import Cancelled, Completed, Discarded, Job, Outcome, Retryable, Snoozed
 from daemon.worker.poll import POLL, POLL_ONE, PollDeps, run_poll
+
+STORAGE_RETRY_S = 15.0
+CRASHES_MAX = 5
+"""A defect of ours is not tried for as long as an outage of the database is."""
 
 log = structlog.get_logger()
 
@@ -24,13 +28,17 @@ async def run_job(job: Job, deps: PollDeps) -> Outcome:
             outcome = await _dispatch(job, deps)
         except LeaseLostError:
             outcome = Completed(is_settled=True, note="lease lost")
+        except StorageUnavailableError as error:
+            # An outage is nobody's failure: soon again, and often enough to outlast it.
+            outcome = Retryable(str(error), STORAGE_RETRY_S)
         except TransientError as error:
             outcome = Retryable(str(error), error.retry_after_s)
         except DaemonError as error:
             outcome = Discarded(str(error))
         except Exception as error:
             log.exception("job.crashed")
-            outcome = Retryable(f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            outcome = Retryable(reason) if job.attempt < CRASHES_MAX else Discarded(reason)
         finally:
             _log_finished(outcome, deps.monotonic() - began)
     return outcome

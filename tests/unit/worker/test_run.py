@@ -1,0 +1,67 @@
+"""What `run_job` makes of a failure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import pytest
+
+from daemon.domain.errors import (
+    CircuitOpenError,
+    LeaseLostError,
+    PermanentError,
+    StorageUnavailableError,
+    UpstreamUnavailableError,
+)
+from daemon.domain.job import Completed, Discarded, Job, JobId, Outcome, Retryable
+from daemon.worker import run
+from daemon.worker.run import CRASHES_MAX, STORAGE_RETRY_S, run_job
+
+pytestmark = pytest.mark.anyio
+
+
+@dataclass
+class Deps:
+    """All that a job needs which fails before it begins."""
+
+    def monotonic(self) -> float:
+        return 0.0
+
+
+def job(attempt: int = 1, kind: str = "poll") -> Job:
+    return Job(JobId(1), 1, kind, b"", 0, attempt, 50, 60.0, datetime(2026, 11, 22, tzinfo=UTC))
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (LeaseLostError("gone"), Completed(is_settled=True, note="lease lost")),
+        (StorageUnavailableError("away"), Retryable("away", STORAGE_RETRY_S)),
+        (UpstreamUnavailableError("503"), Retryable("503", None)),
+        (CircuitOpenError("paused", retry_after_s=9), Retryable("paused", 9)),
+        (PermanentError("no"), Discarded("no")),
+        (KeyError("bug"), Retryable("KeyError: 'bug'")),
+    ],
+)
+async def test_failure_becomes_the_outcome_that_fits(
+    error: Exception, outcome: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_job: Job, _deps: object) -> Outcome:
+        raise error
+
+    monkeypatch.setattr(run, "run_poll", fail)
+    assert await run_job(job(), Deps()) == outcome
+
+
+async def test_defect_of_ours_is_not_tried_for_as_long_as_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def crash(_job: Job, _deps: object) -> Outcome:
+        raise KeyError("bug")
+
+    monkeypatch.setattr(run, "run_poll", crash)
+    assert isinstance(await run_job(job(CRASHES_MAX), Deps()), Discarded)
+
+
+async def test_unknown_kind_is_a_dead_letter_and_not_a_crash() -> None:
+    """An older replica may claim a newer one's job during a rolling upgrade."""
+    assert isinstance(await run_job(job(kind="deliver"), Deps()), Discarded)
