@@ -96,11 +96,16 @@ class StreamEnd(NamedTuple):
 
 
 class ConnectionEnd(NamedTuple):
-    """How a connection's turn in a batch ended. `is_proven`: at least one request got an answer."""
+    """How a connection's turn in a batch ended.
+
+    `is_proven`: at least one request got an answer. `sealed`: the credential that was used, as it was stored; what it
+    met with tells nothing about another one. None: whichever is stored.
+    """
 
     connection_id: ConnectionId
     is_proven: bool
     parked_reason: str | None
+    sealed: bytes | None = None
 
 
 async def next_seqs(db: Executor, count: int) -> list[int]:
@@ -123,7 +128,7 @@ async def drop_months(db: Database, kept: timedelta) -> list[str]:
         async with db.transaction(statement_timeout_ms=600_000) as tx:
             await tx.execute(_DELETE_ROWS, month["until"])
             await tx.execute(_DELETE_BUCKETS, month["until"])
-            await tx.execute(f'drop table "{month["name"]}"')
+            await tx.execute(f'drop table if exists "{month["name"]}"')  # another replica may have been first
         dropped.append(month["name"])
     return dropped
 
@@ -296,8 +301,8 @@ async def end_connections(tx: Executor, ends: Sequence[ConnectionEnd], job: JobI
     """Close the connections' turn: the next tick may have them again."""
     if not ends:
         return
-    rows = [(e.connection_id, e.is_proven, e.parked_reason and storable(e.parked_reason)) for e in ends]
-    await tx.execute(_END_CONNECTIONS, *_columns(rows, 3), job)
+    rows = [(e.connection_id, e.is_proven, e.parked_reason and storable(e.parked_reason), e.sealed) for e in ends]
+    await tx.execute(_END_CONNECTIONS, *_columns(rows, 4), job)
 
 
 async def write_summary(tx: Executor, job: JobId, kind: str, slot: datetime | None, summary: Summary) -> None:

@@ -183,21 +183,22 @@ update stream s set parked_reason = g.reason, read_at = now()
 from unnest($1::bigint[], $2::text[]) as g(id, reason) where s.id = g.id
 
 -- name: end_connections
--- A 401 parks a connection; a turn with answers and without a 401 un-parks it.
+-- A 401 parks a connection; a turn with answers and without a 401 un-parks it. Neither says anything about a key that was
+-- set meanwhile, nor about a pause. The state is judged in SET, which sees what was committed before we got the lock.
 with mine as materialized (
   select c.id from connection c where c.id = any($1::bigint[]) order by c.id for update
 ), given as (
-  select c.id, g.reason, g.reason is not null and c.state = 'active' as is_parked,
-    g.reason is null and g.is_proven and c.state = 'parked' as is_freed
-  from unnest($1::bigint[], $2::boolean[], $3::text[]) as g(id, is_proven, reason) join connection c using (id)
+  select *, case when reason is not null then 'parked' when is_proven then 'active' end as told
+  from unnest($1::bigint[], $2::boolean[], $3::text[], $4::bytea[]) as g(id, is_proven, reason, sealed)
 )
 update connection c set
-  polled_at = now(), open_job = case when c.open_job = $4 then null else c.open_job end,
-  state = case when g.is_parked then 'parked' when g.is_freed then 'active' else c.state end,
-  state_reason = case when g.is_freed then null
-                      when g.reason is not null and c.state in ('active', 'parked') then g.reason
-                      else c.state_reason end,
-  state_at = case when g.is_parked or g.is_freed then now() else c.state_at end
+  polled_at = now(), open_job = case when c.open_job = $5 then null else c.open_job end,
+  state = case when c.state in ('active', 'parked') and coalesce(g.sealed = c.credential, true)
+               then coalesce(g.told, c.state) else c.state end,
+  state_reason = case when c.state in ('active', 'parked') and coalesce(g.sealed = c.credential, true)
+                        and g.told is not null then g.reason else c.state_reason end,
+  state_at = case when c.state in ('active', 'parked') and coalesce(g.sealed = c.credential, true)
+                    and g.told <> c.state then now() else c.state_at end
 from given g, mine m where g.id = c.id and m.id = c.id
 
 -- name: make_partitions
