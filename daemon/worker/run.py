@@ -49,7 +49,8 @@ async def _dispatch(job: Job, deps: PollDeps) -> Outcome:
         case str() as kind if kind in (POLL, POLL_ONE):
             return await run_poll(job, deps)
         case _:
-            return Discarded(f"no handler for kind {job.kind!r}: an older version may have picked up newer work")
+            # In a rolling upgrade an older replica may claim a newer one's work: another one will take it.
+            return Retryable(f"no handler for kind {job.kind!r} in this version")
 
 
 def _log_finished(outcome: Outcome, duration_s: float) -> None:
