@@ -52,6 +52,8 @@ async def many_ticks(stage: Stage) -> list[Line]:
                 for _ in range(ticks):
                     await _next_tick(watch)
                     samples.append(resident_bytes(process) / MIB)
+                requests = await watch.fetchval("select sum(requests) from batch_summary")
+                assert requests > ticks, requests  # ticks without requests would prove nothing
             finally:
                 await watch.close()
                 child.terminate()
