@@ -18,7 +18,7 @@ from daemon import __version__, orchestrate
 from daemon.app import App, days, open_app, tick_settings
 from daemon.config import Settings
 from daemon.db import ledger, pauses, ticks
-from daemon.domain.errors import TransientError
+from daemon.domain.errors import PermanentError, TransientError
 from daemon.triggers.schedule import run_schedule
 from daemon.worker.loop import WorkerLoop
 
@@ -69,21 +69,42 @@ async def _obey_signals(loop: WorkerLoop) -> None:
 
 
 async def _maintain(app: App) -> None:
-    """Housekeeping that any replica may do, now and then; doing it twice is harmless."""
-    settings = app.settings
     while True:
+        await keep_house(app)
+        await anyio.sleep(MAINTENANCE_S * random.uniform(0.8, 1.2))  # noqa: S311 - spreads replicas, guards nothing
+
+
+async def keep_house(app: App) -> None:
+    """One round of what any replica may do, now and then; doing it twice is harmless. A chore that fails is told, and
+    holds up neither the others nor the daemon.
+    """
+    for chore in (_prune_queue, _drop_months, _prune_notes, _make_partitions):
         try:
-            await app.queue.prune(
-                attempts_kept=days(settings.retention_attempts_days) or timedelta(days=36_500),
-                dead_kept=days(settings.retention_dead_days),
-            )
-            if ledger_kept := days(settings.retention_ledger_days):
-                for month in await ledger.drop_months(app.db, ledger_kept):
-                    log.info("ledger.month_dropped", partition=month)
-            await pauses.prune(app.db)
-            await ticks.prune(app.db, settings.retention_ticks_days, settings.retention_summaries_days)
-            now = await app.db.now()
-            await ledger.make_partitions(app.db, [now, now + timedelta(days=31)])
+            await chore(app)
         except TransientError as error:
             log.warning("maintenance.postponed", reason=str(error))
-        await anyio.sleep(MAINTENANCE_S * random.uniform(0.8, 1.2))  # noqa: S311 - spreads replicas, guards nothing
+        except PermanentError as error:
+            log.exception("maintenance.failed", reason=str(error))
+
+
+async def _prune_queue(app: App) -> None:
+    await app.queue.prune(
+        attempts_kept=days(app.settings.retention_attempts_days) or timedelta(days=36_500),
+        dead_kept=days(app.settings.retention_dead_days),
+    )
+
+
+async def _drop_months(app: App) -> None:
+    if kept := days(app.settings.retention_ledger_days):
+        for month in await ledger.drop_months(app.db, kept):
+            log.info("ledger.month_dropped", partition=month)
+
+
+async def _prune_notes(app: App) -> None:
+    await pauses.prune(app.db)
+    await ticks.prune(app.db, app.settings.retention_ticks_days, app.settings.retention_summaries_days)
+
+
+async def _make_partitions(app: App) -> None:
+    now = await app.db.now()
+    await ledger.make_partitions(app.db, [now, now + timedelta(days=31)])

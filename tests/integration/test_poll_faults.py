@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import msgspec
@@ -10,9 +11,11 @@ import pytest
 
 from daemon.app import NewConnection
 from daemon.domain.connection import Secret
+from daemon.domain.errors import CredentialError
 from daemon.domain.job import JobId
+from daemon.domain.ports import Answer
 from daemon.simulator.faults import ALL_TRANSIENT
-from tests.books_kit import Books, credential, midnight, open_books, simulator_here
+from tests.books_kit import Books, credential, midnight, open_books, simulator_here, with_deps
 
 pytestmark = pytest.mark.anyio
 
@@ -235,6 +238,55 @@ async def test_a_revoked_key_parks_the_connection_until_it_works_again(books: Bo
     await books.poll("revoked")
     assert await books.state("revoked") == "active"
     await books.assert_equal()
+
+
+async def test_a_key_that_is_refused_again_stays_parked(books: Books) -> None:
+    """Some answers before the 401 do not free what the 401 parks."""
+    await books.add("main")
+    await books.db.execute("update connection set state = 'parked', state_reason = 'revoked'")
+    await books.fault("main", "401", skip=1, count=FOREVER)
+    await books.poll()
+    (found,) = await books.app.connections.list()
+    assert found.state == "parked"
+    assert "401" in (found.state_reason or "")
+
+
+class KeySetMeanwhile:
+    """The door out; the credential is set anew before the first answer."""
+
+    def __init__(self, books: Books, error: CredentialError | None) -> None:
+        self._books = books
+        self._error = error
+        self._is_set = False
+
+    async def get(
+        self,
+        base_url: str,
+        path: str,
+        params: Sequence[tuple[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        if not self._is_set:
+            self._is_set = True
+            key = Secret(credential("openai", "main"))
+            await self._books.app.connections.set_credential("acme", "main", key)
+            # What another batch has found out about the new key.
+            if self._error is None:
+                await self._books.db.execute("update connection set state = 'parked', state_reason = 'new key: 401'")
+        if self._error is not None:
+            raise self._error
+        return await self._books.app.poll_deps.http.get(base_url, path, params, headers)
+
+
+@pytest.mark.parametrize(("answer", "state"), [("401", "active"), ("good", "parked")])
+async def test_what_a_key_meets_with_tells_nothing_about_the_one_set_meanwhile(
+    books: Books, answer: str, state: str
+) -> None:
+    """The usual rotation: the new key is set, the old one revoked; the batch under way still holds the old one."""
+    await books.add("main")
+    error = CredentialError("answered 401: revoked") if answer == "401" else None
+    await replace(books, app=with_deps(books.app, http=KeySetMeanwhile(books, error))).poll()
+    assert await books.state("main") == state
 
 
 async def test_a_missing_scope_parks_the_source_alone(books: Books) -> None:
