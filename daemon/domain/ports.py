@@ -77,7 +77,7 @@ class Probe:
     """One cheap look at a window.
 
     Exactly one of the two is set: `totals` per bucket start (compared with what the ledger holds; a bucket left out
-    holds nothing), or `digest` (stored only with the fetch that it led to).
+    holds nothing), or `digest` (compared with the `Snapshot.digest` of the last fetch).
     """
 
     totals: Mapping[datetime, Totals] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
+from decimal import Context, Decimal, Inexact, InvalidOperation
 from typing import Literal, NamedTuple, NewType
 
 from daemon.domain.window import Width, Window
@@ -15,6 +15,10 @@ HASH_VERSION = 1
 """Of row keys, content hashes and bucket digests. Code of an older version leaves newer buckets alone."""
 Dims = tuple[tuple[str, str | None], ...]
 """Every requested dimension with its value, sorted by name. Null is a value of its own."""
+
+EXACT = Context(prec=200, traps=[Inexact, InvalidOperation])
+"""Arithmetic of money and quantities. Python's default rounds to 28 digits; this holds any sum of amounts of 100 digits,
+and raises an ArithmeticError rather than round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,23 +93,24 @@ class Totals(NamedTuple):
 
 def totals_of(rows: tuple[Row, ...]) -> Totals:
     """Sum the rows of one bucket. Money counts only as the provider reported it."""
-    sums = Totals()
+    input_tokens = cache_read_tokens = cache_write_tokens = output_tokens = requests = 0
+    quantity = amount = Decimal(0)
     for row in rows:
-        sums = Totals(
-            sums.input_tokens + (row.input_tokens or 0),
-            sums.cache_read_tokens + (row.cache_read_tokens or 0),
-            sums.cache_write_tokens + (row.cache_write_tokens or 0),
-            sums.output_tokens + (row.output_tokens or 0),
-            sums.requests + (row.requests or 0),
-            sums.quantity + (row.quantity or 0),
-            sums.amount + (row.amount or 0),
-        )
-    return sums
+        input_tokens += row.input_tokens or 0
+        cache_read_tokens += row.cache_read_tokens or 0
+        cache_write_tokens += row.cache_write_tokens or 0
+        output_tokens += row.output_tokens or 0
+        requests += row.requests or 0
+        if row.quantity is not None:
+            quantity = EXACT.add(quantity, row.quantity)
+        if row.amount is not None:
+            amount = EXACT.add(amount, row.amount)
+    return Totals(input_tokens, cache_read_tokens, cache_write_tokens, output_tokens, requests, quantity, amount)
 
 
 @dataclass(frozen=True, slots=True)
 class BucketRead:
-    """All rows that the provider has for one bucket; empty means it said so."""
+    """All rows that the provider has for one bucket, as sent: some may share their dimensions. Empty means it said so."""
 
     start: datetime
     rows: tuple[Row, ...]
@@ -119,14 +124,14 @@ class Snapshot:
         window: aligned; each of its buckets is covered, also those that the provider left out because they are empty.
         buckets: those with rows (and possibly empty ones), oldest first, each start at most once.
         pages: how many pages the chain had.
-        refreshed_at: the provider's own freshness stamp, where it has one.
+        digest: of this very data, as `Probe.digest` tells it; None where probes compare totals.
     """
 
     grain: Grain
     window: Window
     buckets: tuple[BucketRead, ...]
     pages: int
-    refreshed_at: datetime | None = None
+    digest: bytes | None = None
 
 
 class ReadyRow(NamedTuple):

@@ -15,7 +15,7 @@ import msgspec
 from daemon.domain.connection import Target
 from daemon.domain.errors import HistoryFloorError, SchemaDriftError, UpstreamUnavailableError
 from daemon.domain.ports import Caller
-from daemon.domain.record import BucketRead, Dims, Grain, Row
+from daemon.domain.record import Dims, Grain, Row, Snapshot
 from daemon.domain.window import Window, rfc3339
 from daemon.pollers._anthropic_rows import cost_row, headers, usage_row
 from daemon.pollers.chain import (
@@ -26,7 +26,6 @@ from daemon.pollers.chain import (
     decode,
     encode_detail,
     in_order,
-    merge_rows,
     read_pages,
     reading,
     take_count,
@@ -95,10 +94,8 @@ class _Page(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Page, float_hook=Decimal)
 
 
-async def read(
-    target: Target, source: str, grain: Grain, window: Window, call: Caller, *, now: datetime
-) -> tuple[tuple[BucketRead, ...], int, datetime | None]:
-    """The buckets of the window that hold anything, the number of pages, and how fresh they are."""
+async def read(target: Target, source: str, grain: Grain, window: Window, call: Caller, *, now: datetime) -> Snapshot:
+    """The buckets of the window that hold anything, and how fresh they are."""
     floor = max(FLOOR, grain.width.ceil(now - REACH))
     if window.start < floor:
         raise HistoryFloorError(floor, f"the analytics API begins at {rfc3339(floor)}")
@@ -117,15 +114,20 @@ async def read(
             return Page(_buckets(page.data, source, grain), page.has_more, page.next_page)
 
     pages = await read_pages(ask, end=window.end, pages_max=PAGES_MAX)
-    buckets = in_order([_joined(pages)], window, grain.width, is_contiguous=False)
-    return buckets, len(pages), next(iter(stamps))
+    digest = _digest(stamps.pop())
+    buckets = in_order([_joined(pages, source, is_stamped=digest is not None)], window, grain.width)
+    return Snapshot(grain, window, buckets, len(pages), digest)
 
 
-async def refreshed_at(target: Target, source: str, grain: Grain, window: Window, call: Caller) -> datetime | None:
-    """The report's own freshness stamp, by the smallest read there is."""
+async def probe(target: Target, source: str, grain: Grain, window: Window, call: Caller) -> bytes | None:
+    """The report's own freshness stamp, by the smallest read there is; None where it has none."""
     cut = Grain(grain.api, grain.width, ())
     answer = await call.get(_PATHS[source], _query(cut, window, 1), headers(target, BETA))
-    return decode(_decoder, answer, source).data_refreshed_at
+    return _digest(decode(_decoder, answer, source).data_refreshed_at)
+
+
+def _digest(refreshed_at: datetime | None) -> bytes | None:
+    return None if refreshed_at is None else rfc3339(refreshed_at).encode()
 
 
 def _query(grain: Grain, window: Window, limit: int) -> list[tuple[str, str]]:
@@ -148,19 +150,29 @@ def _buckets(lines: Sequence[_Line], source: str, grain: Grain) -> list[tuple[da
         for line in bucket:
             check_grid(line.starting_at, line.ending_at, grain.width)
             rows.append(_row(line, source, grain.group_by))
-        buckets.append((start.astimezone(UTC), merge_rows(rows)))
+        buckets.append((start.astimezone(UTC), tuple(rows)))
     return buckets
 
 
-def _joined(pages: Sequence[Page]) -> Page:
-    """The chain as one page: a page ends after so many rows, which may be inside a bucket."""
-    buckets: list[tuple[datetime, tuple[Row, ...]]] = []
+def _joined(pages: Sequence[Page], source: str, *, is_stamped: bool) -> Page:
+    """The chain as one page: a page ends after so many rows, which may be inside a bucket.
+
+    Args:
+        is_stamped: the stamp has proven that all pages are of one report. Without it, a row met again on a later page
+            is no other part of a sum: the rows have moved, and what moved the other way was missed.
+    """
+    buckets: list[tuple[datetime, list[Row]]] = []
+    met: set[Dims] = set()
     for start, rows in (bucket for page in pages for bucket in page.buckets):
-        if buckets and buckets[-1][0] == start:
-            buckets[-1] = (start, merge_rows((*buckets[-1][1], *rows)))
-        else:
-            buckets.append((start, rows))
-    return Page(buckets, has_more=False, next_page=None)
+        names = {row.dims for row in rows}
+        if not buckets or buckets[-1][0] != start:
+            buckets.append((start, []))
+            met = set()
+        elif not is_stamped and not met.isdisjoint(names):
+            raise UpstreamUnavailableError(f"{source}: rows moved from page to page while they were read")
+        buckets[-1][1].extend(rows)
+        met |= names
+    return Page([(start, tuple(rows)) for start, rows in buckets], has_more=False, next_page=None)
 
 
 def _row(line: _Line, source: str, group_by: Sequence[str]) -> Row:

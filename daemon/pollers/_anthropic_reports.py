@@ -25,7 +25,6 @@ from daemon.pollers.chain import (
     check_grid,
     decode,
     in_order,
-    merge_rows,
     read_pages,
     reading,
     take_dims,
@@ -68,7 +67,7 @@ class _Bucket(msgspec.Struct):
             rows = [cost_row(row, take_dims(row, grain.group_by)) for row in self.results]
         else:
             rows = [usage_row(row, take_dims(row, grain.group_by), None) for row in self.results]
-        return self.starting_at.astimezone(UTC), merge_rows(rows)
+        return self.starting_at.astimezone(UTC), tuple(rows)
 
 
 class _Page(msgspec.Struct):
@@ -116,5 +115,5 @@ async def read(
             if error.status != 400 or limit == 1:
                 raise
             limit //= 2
-    buckets = in_order(pages, asked, width, is_contiguous=False)
+    buckets = in_order(pages, asked, width)
     return tuple([bucket for bucket in buckets if bucket.start in window]), len(pages)

@@ -6,8 +6,8 @@ from decimal import Decimal
 
 from daemon.domain.connection import Target
 from daemon.domain.errors import SchemaDriftError
-from daemon.domain.record import Dims, Rating, Row
-from daemon.pollers.chain import EXACT, Fields, currency_code, encode_detail, money, need_count, take_count
+from daemon.domain.record import EXACT, Dims, Rating, Row
+from daemon.pollers.chain import Fields, currency_code, encode_detail, money, need_count, take_count
 
 VERSION = "2023-06-01"
 """`anthropic-version` of the Admin API's documentation, read 2026-09-25. A version never changes under its callers."""

@@ -17,7 +17,7 @@ from daemon.domain.connection import Identity, Target
 from daemon.domain.errors import BadRequestError, ForbiddenError, SchemaDriftError, UsageError
 from daemon.domain.ports import Caller, Ladder, Probe, SourceSpec
 from daemon.domain.record import Grain, Snapshot, Totals, totals_of
-from daemon.domain.window import Width, Window, rfc3339
+from daemon.domain.window import Width, Window
 from daemon.pollers import _anthropic_analytics as analytics
 from daemon.pollers import _anthropic_reports as reports
 from daemon.pollers._anthropic_rows import headers
@@ -91,15 +91,14 @@ class AnthropicPoller:
 
     async def probe(self, target: Target, source: str, grain: Grain, window: Window, call: Caller) -> Probe:
         if grain.api == "analytics":
-            stamp = await analytics.refreshed_at(target, source, grain, window, call)
-            if stamp is not None:
-                return Probe(digest=rfc3339(stamp).encode())
+            digest = await analytics.probe(target, source, grain, window, call)
+            if digest is not None:
+                return Probe(digest=digest)
         return Probe(totals=await self.totals(target, source, grain, window, call))
 
     async def fetch(self, target: Target, source: str, grain: Grain, window: Window, call: Caller) -> Snapshot:
         if grain.api == "analytics":
-            buckets, pages, refreshed_at = await analytics.read(target, source, grain, window, call, now=self._now())
-            return Snapshot(grain, window, buckets, pages, refreshed_at)
+            return await analytics.read(target, source, grain, window, call, now=self._now())
         buckets, pages = await reports.read(target, source, grain, window, call, now=self._now())
         return Snapshot(grain, window, buckets, pages)
 

@@ -6,18 +6,18 @@ SchemaDriftError, because a part that passes for the whole would wipe out what w
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Context, Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from daemon.domain.errors import CredentialError, SchemaDriftError, UsageError
 from daemon.domain.ports import Answer
-from daemon.domain.record import BucketRead, Dims, Rating, Row
+from daemon.domain.record import BucketRead, Dims, Row
 from daemon.domain.window import Width, Window, rfc3339
 
 Fields = dict[str, Any]
@@ -29,11 +29,8 @@ Instant = Annotated[datetime, msgspec.Meta(tz=True)]
 T = TypeVar("T")
 INT_MAX = 2**63 - 1
 DIGITS_MAX = 100
-EXACT = Context(prec=4 * DIGITS_MAX)
-"""The default context would round money to 28 digits; this one holds sums of the longest numbers that we take."""
 
 _encode_detail = msgspec.json.Encoder(order="sorted", decimal_format="number").encode
-_decode_detail = msgspec.json.Decoder(Fields, float_hook=Decimal).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,22 +98,38 @@ def check_grid(start: datetime, end: datetime, width: Width) -> None:
         raise SchemaDriftError(f"bucket {rfc3339(start)} to {rfc3339(end)} is not on the {width.value} grid")
 
 
-def in_order(pages: Sequence[Page], window: Window, width: Width, *, is_contiguous: bool) -> tuple[BucketRead, ...]:
+def in_order(
+    pages: Sequence[Page], window: Window, width: Width, *, whole_until: datetime | None = None
+) -> tuple[BucketRead, ...]:
     """The buckets of a chain that lie in `window`, once their order is proven.
 
+    A provider that sends empty buckets too must send all of them, so that a hole, a late start or an early end means a
+    lost page. That it does so is told by the chain: one with an empty bucket in it must be whole. One without may come
+    from a gateway that leaves them out, and so may an answer without any bucket; what seems to vanish there is withheld
+    until a second read misses it too (`daemon.records.restate`).
+
     Args:
-        is_contiguous: the provider sends empty buckets too, so that a hole means a lost page.
+        whole_until: up to when the provider has all buckets, if it may be one that sends empty ones; None: it is none.
     """
+    buckets = [bucket for page in pages for bucket in page.buckets]
+    if all(rows for _, rows in buckets):
+        whole_until = None
     taken: list[BucketRead] = []
     last: datetime | None = None
-    for start, rows in (bucket for page in pages for bucket in page.buckets):
-        if last is not None and (start <= last or (is_contiguous and start - last != width.delta)):
+    for start, rows in buckets:
+        if last is not None and (start <= last or (whole_until and start - last != width.delta)):
             raise SchemaDriftError(f"bucket {rfc3339(start)} follows {rfc3339(last)}: repeated, out of order or a hole")
-        last = start
         if start < window.start:
             raise SchemaDriftError(f"bucket {rfc3339(start)} lies before the asked start {rfc3339(window.start)}")
+        if last is None and whole_until and start != window.start:
+            raise SchemaDriftError(f"the chain begins at {rfc3339(start)} instead of {rfc3339(window.start)}")
+        last = start
         if start < window.end:
             taken.append(BucketRead(start, rows))
+    if whole_until:
+        end, due = buckets[-1][0] + width.delta, min(window.end, width.floor(whole_until))
+        if end < due:
+            raise SchemaDriftError(f"the chain ends at {rfc3339(end)} instead of {rfc3339(due)}: a page was lost")
     return tuple(taken)
 
 
@@ -200,70 +213,6 @@ def encode_detail(row: Mapping[str, object]) -> bytes:
     """What is left of a row, as canonical JSON. Null and zero say no more than absence, and are left out."""
     rest = {name: value for name, value in row.items() if value is not None and (value or type(value) is not int)}
     return _encode_detail(rest) if rest else b"{}"
-
-
-# ── Rows with equal dimensions ──────────────────────────────────────────────────────────────────
-
-
-def merge_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """Sum the rows that share all their dimensions; a bucket holds each key once."""
-    merged: dict[Dims, Row] = {}
-    for row in rows:
-        other = merged.get(row.dims)
-        merged[row.dims] = row if other is None else _sum(other, row)
-    return tuple(merged.values())
-
-
-def _sum(a: Row, b: Row) -> Row:
-    same_unit = a.unit == b.unit
-    return Row(
-        dims=a.dims,
-        input_tokens=_plus(a.input_tokens, b.input_tokens),
-        cache_read_tokens=_plus(a.cache_read_tokens, b.cache_read_tokens),
-        cache_write_tokens=_plus(a.cache_write_tokens, b.cache_write_tokens),
-        output_tokens=_plus(a.output_tokens, b.output_tokens),
-        requests=_plus(a.requests, b.requests),
-        quantity=_plus_exact(a.quantity, b.quantity) if same_unit else None,
-        unit=a.unit if same_unit else None,
-        amount=_plus_exact(a.amount, b.amount),
-        currency=a.currency,
-        detail=_sum_details(a.detail, b.detail),
-        rating=_sum_ratings(a.rating, b.rating),
-    )
-
-
-def _plus(a: int | None, b: int | None) -> int | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _plus_exact(a: Decimal | None, b: Decimal | None) -> Decimal | None:
-    return b if a is None else a if b is None else EXACT.add(a, b)
-
-
-def _sum_details(a: bytes, b: bytes) -> bytes:
-    if a == b == b"{}":
-        return a
-    sums = _decode_detail(a)
-    for name, value in _decode_detail(b).items():
-        mine = sums.get(name)
-        if type(mine) is int and type(value) is int:
-            sums[name] = mine + value
-        elif isinstance(mine, int | Decimal) and isinstance(value, int | Decimal):
-            sums[name] = EXACT.add(Decimal(mine), Decimal(value))
-        elif mine is None or _encode_detail(value) < _encode_detail(mine):
-            # The lesser of two texts: an order of rows that changes between polls must not look like a restatement.
-            sums[name] = value
-    return _encode_detail(sums)
-
-
-def _sum_ratings(a: Rating | None, b: Rating | None) -> Rating | None:
-    if a is None or b is None:
-        return a or b
-    counts = dict(a.counts)
-    for name, count in b.counts:
-        counts[name] = counts.get(name, 0) + count
-    is_long = a.is_long if a.is_long == b.is_long else None
-    return a._replace(counts=tuple(sorted(counts.items())), is_long=is_long)
 
 
 # ── Settings and credentials ────────────────────────────────────────────────────────────────────

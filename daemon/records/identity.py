@@ -14,7 +14,7 @@ from hashlib import sha256
 import msgspec
 
 from daemon.domain.connection import ConnectionId
-from daemon.domain.record import HASH_VERSION, Dims, Grain, GrainId, Row
+from daemon.domain.record import EXACT, HASH_VERSION, Dims, Grain, GrainId, Row
 from daemon.domain.window import to_epoch
 
 _DIGEST_BYTES = 16
@@ -80,4 +80,4 @@ def _plain(number: Decimal | None) -> str | None:
     """One spelling for equal numbers."""
     if number is None:
         return None
-    return format(number.normalize(), "f") if number else "0"
+    return format(EXACT.normalize(number), "f") if number else "0"

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Literal
+from functools import reduce
+from typing import Any, Literal
 
 import msgspec
 
-from daemon.domain.record import Basis, Dims, Rating, ReadyBucket, ReadyRow, Row, Snapshot, totals_of
+from daemon.domain.errors import SchemaDriftError
+from daemon.domain.record import EXACT, Basis, Dims, Rating, ReadyBucket, ReadyRow, Row, Snapshot, totals_of
 from daemon.records.identity import Keyer, bucket_digest, content_hash
-
-UNPRICED = "unpriced"
 
 Price = Callable[[Rating, datetime], tuple[Decimal | None, str]]
 """(rating, bucket start) to (amount in USD, or None when no price is known; the version of the rates)."""
 
-_encode = msgspec.json.Encoder(order="deterministic").encode
+_encode = msgspec.json.Encoder(order="deterministic", decimal_format="number").encode
+_decode = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
 
 
 def ready_buckets(
@@ -31,53 +32,88 @@ def ready_buckets(
         yield ReadyBucket(start, ready, bucket_digest((r.key, r.content) for r in ready), totals_of(rows))
 
 
-def merge(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """Sum rows of equal dimensions: a provider may split what it cannot name, and a key is written once."""
-    seen: dict[Dims, Row] = {}
+def merge(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Sum rows of equal dimensions: a provider may split what it cannot name, and a key is written once.
+
+    The order of the rows never matters: one that changes between polls must not look like a restatement.
+
+    Raises:
+        SchemaDriftError: what shares its dimensions has no sum: other units or currencies, numbers beyond reason.
+    """
+    if len({row.dims for row in rows}) == len(rows):
+        return tuple(rows)
+    twins: dict[Dims, list[Row]] = {}
     for row in rows:
-        twin = seen.get(row.dims)
-        seen[row.dims] = row if twin is None else _sum(twin, row)
-    return tuple(seen.values()) if len(seen) < len(rows) else rows
+        twins.setdefault(row.dims, []).append(row)
+    return tuple([_sum(group) if len(group) > 1 else group[0] for group in twins.values()])
 
 
-def _sum(a: Row, b: Row) -> Row:
-    rating = a.rating
-    if a.rating and b.rating:
-        counts: dict[str, int] = dict(a.rating.counts)
-        for name, count in b.rating.counts:
+def _sum(rows: Sequence[Row]) -> Row:
+    units = {row.unit for row in rows if row.quantity is not None}
+    currencies = {row.currency for row in rows if row.amount is not None}
+    if len(units) > 1 or len(currencies) > 1:
+        raise SchemaDriftError("rows of equal dimensions count in different units", rows[0].detail)
+    try:
+        return Row(
+            rows[0].dims,
+            _total([row.input_tokens for row in rows]),
+            _total([row.cache_read_tokens for row in rows]),
+            _total([row.cache_write_tokens for row in rows]),
+            _total([row.output_tokens for row in rows]),
+            _total([row.requests for row in rows]),
+            _exact_total([row.quantity for row in rows]),
+            units.pop() if units else None,
+            _exact_total([row.amount for row in rows]),
+            currencies.pop() if currencies else None,
+            _sum_details([row.detail for row in rows]),
+            _sum_ratings([row.rating for row in rows if row.rating is not None]),
+        )
+    except ArithmeticError as error:
+        raise SchemaDriftError("a sum has more digits than we hold", rows[0].detail) from error
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def _exact_total(numbers: Iterable[Decimal | None]) -> Decimal | None:
+    known = [number for number in numbers if number is not None]
+    return reduce(EXACT.add, known) if known else None
+
+
+def _sum_details(details: Sequence[bytes]) -> bytes:
+    """Add what is a number in every row that has it; of anything else the least text stands for all."""
+    if len(set(details)) == 1 and details[0] == b"{}":
+        return details[0]
+    told: dict[str, list[object]] = {}
+    for detail in details:
+        for name, value in _decode(detail).items():
+            if value is not None:
+                told.setdefault(name, []).append(value)
+    return _encode({name: _one_for_all(values) for name, values in told.items()})
+
+
+def _one_for_all(values: list[object]) -> object:
+    whole = [value for value in values if type(value) is int]
+    parts = [value for value in values if type(value) is Decimal]
+    if len(whole) + len(parts) < len(values):
+        return min(values, key=_encode)
+    # Sorted, because whether a sum of far-apart numbers fits may depend on its order.
+    return reduce(EXACT.add, sorted(parts), Decimal(sum(whole))) if parts else sum(whole)
+
+
+def _sum_ratings(ratings: Sequence[Rating]) -> Rating | None:
+    """None unless all are of one model in one context: rows that cost differently have no price together."""
+    if len({(rating.provider, rating.model, rating.context) for rating in ratings}) != 1:
+        return None
+    counts: dict[str, int] = {}
+    for rating in ratings:
+        for name, count in rating.counts:
             counts[name] = counts.get(name, 0) + count
-        rating = a.rating._replace(counts=tuple(sorted(counts.items())))
-    return a._replace(
-        input_tokens=_add(a.input_tokens, b.input_tokens),
-        cache_read_tokens=_add(a.cache_read_tokens, b.cache_read_tokens),
-        cache_write_tokens=_add(a.cache_write_tokens, b.cache_write_tokens),
-        output_tokens=_add(a.output_tokens, b.output_tokens),
-        requests=_add(a.requests, b.requests),
-        quantity=_add_decimal(a.quantity, b.quantity),
-        amount=_add_decimal(a.amount, b.amount),
-        detail=_sum_detail(a.detail, b.detail),
-        rating=rating,
-    )
-
-
-def _add(a: int | None, b: int | None) -> int | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _add_decimal(a: Decimal | None, b: Decimal | None) -> Decimal | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _sum_detail(a: bytes, b: bytes) -> bytes:
-    """Add what are numbers on both sides; elsewhere the greater text wins, so that the order does not matter."""
-    left, right = msgspec.json.decode(a), msgspec.json.decode(b)
-    for name, value in right.items():
-        mine = left.get(name)
-        if isinstance(mine, int) and isinstance(value, int) and not isinstance(mine, bool):
-            left[name] = mine + value
-        elif mine is None or _encode(value) > _encode(mine):
-            left[name] = value
-    return _encode(left)
+    lengths = {rating.is_long for rating in ratings}
+    is_long = lengths.pop() if len(lengths) == 1 else None
+    return ratings[0]._replace(counts=tuple(sorted(counts.items())), is_long=is_long)
 
 
 def _ready(row: Row, start: datetime, keyer: Keyer, kind: Literal["usage", "cost"], price: Price) -> ReadyRow:

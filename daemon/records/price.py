@@ -43,7 +43,8 @@ _RATES: Mapping[str, tuple[str, ...]] = {
     "input_characters": ("input_mchars",),
 }
 _PER = {"mtok": 1_000_000, "kcount": 1_000, "hours": 3_600, "mchars": 1_000_000}
-_EXACT = Context(prec=60)
+_RATES_CONTEXT = Context(prec=60)
+"""Exact for all rates of the list but those by the hour, whose price of a second may have no end."""
 
 
 class Priced(NamedTuple):
@@ -98,7 +99,7 @@ class Pricer:
             rate = card.rates.get(name)
             if rate is None:
                 return _UNKNOWN
-            amount = _EXACT.fma(rate, count, amount)
+            amount = _RATES_CONTEXT.fma(rate, count, amount)
         if not amount and any(count for _, count in rating.counts):
             return _UNKNOWN
         return Priced(amount, card.is_estimate, card.version)
@@ -144,6 +145,6 @@ def _look_up(rating: Rating, at: datetime) -> _Card | None:
             if isinstance(price, TieredPrices):
                 price = crossed(price.tiers) or price.base
             if price is not None:
-                rates[name] = _EXACT.divide(price, _PER[candidate.rsplit("_", 1)[1]])
+                rates[name] = _RATES_CONTEXT.divide(price, _PER[candidate.rsplit("_", 1)[1]])
                 break
     return _Card(rates, is_estimate, is_free=False, version=version)

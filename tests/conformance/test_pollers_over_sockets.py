@@ -25,6 +25,7 @@ from daemon.domain.window import Width, Window, parse_rfc3339, rfc3339
 from daemon.http_client import HttpClient, HttpSettings
 from daemon.pollers.anthropic import AnthropicPoller
 from daemon.pollers.openai import OpenAIPoller
+from daemon.records.normalize import merge
 from daemon.simulator.server import Simulator, serve
 from daemon.simulator.world import Clock, World
 
@@ -118,7 +119,7 @@ def held(snapshot):
             row.quantity,
         )
         for bucket in snapshot.buckets
-        for row in bucket.rows
+        for row in merge(bucket.rows)
     }
 
 
@@ -168,7 +169,7 @@ async def test_both_generations_of_anthropic_add_up_to_the_same(bench, provider,
     old = await bench.totals(provider, source, {})
     new = await bench.totals(provider, source, settings)
     assert {start: sums._replace(requests=0) for start, sums in new.items()} == old
-    assert (await bench.fetch(provider, source, settings)).refreshed_at is not None
+    assert (await bench.fetch(provider, source, settings)).digest is not None
 
 
 SHAPES = [
@@ -306,6 +307,7 @@ async def test_analytics_probe_changes_with_the_stamp(bench):
 
     first = await digest()
     assert first == await digest()
+    assert first == (await bench.fetch("anthropic", "messages", settings)).digest
     await bench.control("POST", "advance", json={"seconds": 3600})
     assert await digest() != first
 

@@ -17,6 +17,7 @@ from daemon.domain.errors import (
     UsageError,
 )
 from daemon.domain.window import Width, Window, rfc3339
+from daemon.records.normalize import merge
 from daemon.records.price import Pricer
 from tests.conformance.poller_cases import ANALYTICS, ANTHROPIC, NOW, OURS, Script, anthropic_error, reports_page
 
@@ -155,19 +156,27 @@ async def test_list_amounts_are_dollars_too_and_add_up():
         [FLAT_COST.bucket(FLAT_COST.starts(1)[0], [{**FLAT_COST.row(1), "list_amount": "250.5"}] * 2)], False, None
     )
     _, snapshot = await ask(FLAT_COST, FLAT_COST.window(1), page)
-    (row,) = snapshot.buckets[0].rows
+    (row,) = merge(snapshot.buckets[0].rows)
     assert row.amount == Decimal("2.5")
     assert row.detail == b'{"list_amount":5.010}'
 
 
 async def test_analytics_reads_in_the_order_of_time():
     window = FLAT.window(3)
-    script, snapshot = await ask(FLAT, window)
+    script, _ = await ask(FLAT, window)
     query = dict(script.query(0))
     assert (query["order_by"], query["order"], query["limit"]) == ("time", "asc", "1000")
     assert (query["starting_at"], query["ending_at"]) == (rfc3339(window.start), rfc3339(window.end))
     assert query["time_bucket_width"] == "1h"
-    assert snapshot.refreshed_at == datetime(2026, 11, 22, 10, 18, tzinfo=UTC)
+
+
+async def test_fetch_tells_the_digest_that_a_probe_of_its_data_would():
+    page = FLAT.page([FLAT.bucket(FLAT.starts(1)[0], [FLAT.row(1)])], False, None)
+    probe = await ANTHROPIC.probe(FLAT.target, "messages", FLAT.grain, FLAT.window(1), Script(page))
+    _, snapshot = await ask(FLAT, FLAT.window(1), page)
+    assert snapshot.digest == probe.digest == b"2026-11-22T10:18:00Z"
+    _, snapshot = await ask(FLAT, FLAT.window(1), page | {"data_refreshed_at": None})
+    assert snapshot.digest is None
 
 
 async def test_report_refreshed_between_its_pages_is_read_again_later():
@@ -177,6 +186,31 @@ async def test_report_refreshed_between_its_pages_is_read_again_later():
     two = FLAT.page([FLAT.bucket(second, [FLAT.row(1)])], False, None) | {"data_refreshed_at": "2026-11-22T10:19:00Z"}
     with pytest.raises(UpstreamUnavailableError, match="refreshed"):
         await ask(FLAT, FLAT.window(2), one, two)
+
+
+async def test_row_met_again_on_a_later_page_has_moved_unless_a_stamp_says_otherwise():
+    """What fell from page to page is counted twice, and what rose in its place was missed: all of it is read again."""
+    (start,) = FLAT.starts(1)
+    pages = [
+        FLAT.page([FLAT.bucket(start, [FLAT.row(1), FLAT.row(2)])], True, "c1"),
+        FLAT.page([FLAT.bucket(start, [FLAT.row(3)])], True, "c2"),
+        FLAT.page([FLAT.bucket(start, [FLAT.row(1)])], False, None),
+    ]
+    _, snapshot = await ask(FLAT, FLAT.window(1), *pages)
+    assert sorted(row.requests for row in merge(snapshot.buckets[0].rows)) == [3, 3, 6]
+    unstamped = [page | {"data_refreshed_at": None} for page in pages]
+    with pytest.raises(UpstreamUnavailableError, match="moved"):
+        await ask(FLAT, FLAT.window(1), *unstamped)
+    apart = FLAT.page([FLAT.bucket(start, [FLAT.row(4)])], False, None) | {"data_refreshed_at": None}
+    _, snapshot = await ask(FLAT, FLAT.window(1), *unstamped[:2], apart)
+    assert [row.requests for row in snapshot.buckets[0].rows] == [3, 3, 3, 3]
+
+
+async def test_rows_of_one_page_are_summed_also_without_a_stamp():
+    rows = [FLAT.row(1), FLAT.row(1)]
+    page = FLAT.page([FLAT.bucket(FLAT.starts(1)[0], rows)], False, None) | {"data_refreshed_at": None}
+    _, snapshot = await ask(FLAT, FLAT.window(1), page)
+    assert [row.requests for row in merge(snapshot.buckets[0].rows)] == [6]
 
 
 async def test_analytics_reaches_back_a_year_and_not_before_2026():

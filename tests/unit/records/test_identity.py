@@ -27,6 +27,13 @@ def test_key_is_the_same_in_every_process_and_version() -> None:
     assert KEYER.row_key(AT, DIMS)[0] == HASH_VERSION
 
 
+def test_amounts_that_differ_in_a_late_digit_are_two_contents() -> None:
+    """Python rounds to 28 digits where it is let: the restatement of a long amount would never be booked."""
+    one, two = Decimal("1." + "0" * 97 + "1"), Decimal("1." + "0" * 97 + "2")
+    assert content_hash(Row((), amount=one)) != content_hash(Row((), amount=two))
+    assert content_hash(Row((), quantity=one)) != content_hash(Row((), quantity=two))
+
+
 def test_key_tells_apart_whatever_a_number_belongs_to() -> None:
     others = {
         Keyer(ConnectionId(8), "completions", GRAIN).row_key(AT, DIMS),
