@@ -24,7 +24,7 @@ import structlog
 
 from daemon import __version__, orchestrate
 from daemon.config import Settings
-from daemon.db import embedded, migrate, ticks
+from daemon.db import embedded, migrate, streams, ticks
 from daemon.db.connections import ConnectionStore, NewConnection, Rotation
 from daemon.db.insights import Check, Gap, Insights, Question, Report, SpendLine, Status, UsageLine
 from daemon.db.pool import Database
@@ -64,6 +64,9 @@ if TYPE_CHECKING:
 BY_HAND_TIMEOUT_S = 3_600.0
 BACKFILL_BATCH = 10
 WATCH_S = 0.2
+SILENT_S = 60.0
+"""A command rescues at once, without having watched beats itself. After an outage this may take a job from a worker that
+is about to beat again: then the job runs twice, and the fences book it once."""
 
 log = structlog.get_logger()
 
@@ -164,6 +167,13 @@ class App:
         with anyio.fail_after(self.settings.subjob_budget_s):
             return await self.pollers.named(provider).identify(target, _OnceCaller(self.http, base_url))
 
+    async def mend(self) -> list[str]:
+        """Mend what can be mended without a person's judgement. Returns a sentence for each thing done."""
+        if not (await migrate.status(self.db)).is_current:
+            return []
+        newest = await streams.mend_sequence(self.db)
+        return [] if newest is None else [f"poll_seq now stands at {newest}"]
+
     async def doctor(self, *, reach: bool) -> list[Check]:
         """Every check of this installation, the laws in SQL among them."""
         status = await migrate.status(self.db)
@@ -225,6 +235,7 @@ class App:
 
     async def poll(self, connections: Sequence[ConnectionId], *, full: bool) -> Summary:
         """Poll these connections now, in this process. Raises TransientError for what could not be finished."""
+        await streams.check_sequence(self.db)
         mode = Mode.FULL if full else Mode.POLL
         orders = [PollOrder(ids, mode=mode) for ids in _batches(connections, self.settings.batch_size)]
         jobs = [NewJob(POLL, order.encode(), timeout_s=BY_HAND_TIMEOUT_S) for order in orders]
@@ -233,8 +244,10 @@ class App:
     async def tick(self, slot: datetime | None, *, wait: bool) -> TickReport:
         """Make the tick of a slot (None: the current one) and, with `wait`, run its batches in this process.
 
-        Where another process made the tick, `wait` helps with its batches until they are done.
+        Where another process made the tick, `wait` helps with its batches until they are done. Then it works off what
+        else waits: where ticks come from cron alone, nobody else would.
         """
+        await streams.check_sequence(self.db)
         if not wait:
             made = await orchestrate.tick(self.db, self.jobs, tick_settings(self.settings), slot)
             await self.jobs.waker.flush()
@@ -250,6 +263,7 @@ class App:
         if not made.created:
             await self._help_until_done(made.slot)
             _, summary = await ticks.summary_of(self.db, await ticks.jobs_of(self.db, made.slot))
+        await self._work_off()
         return TickReport(made.slot, made.created, made.connections, made.batches, summary)
 
     async def _run_here(self, lease: Callable[[WorkerId], Awaitable[Sequence[Job]]]) -> Summary:
@@ -261,12 +275,25 @@ class App:
         _, summary = await ticks.summary_of(self.db, [job.id for job, _ in ended])
         return summary
 
+    async def _work_off(self) -> None:
+        """Run what a killed command had leased, retries that have become due, and whatever else is ready."""
+        await self.jobs.rescue(silent_s=SILENT_S)
+        await self.jobs.promote()
+
+        async def lease(worker: WorkerId) -> Sequence[Job]:
+            return (await self.jobs.claim(worker, self.settings.concurrency)).jobs
+
+        while await LocalWorker(self.jobs, self.run_job, self.settings.concurrency).run(lease):
+            pass
+
     async def _help_until_done(self, slot: datetime) -> None:
         loop = self.worker_loop()
 
         async def watch() -> None:
-            while await ticks.open_batches(self.db, slot):  # noqa: ASYNC110 - it happens in another process
+            left = await ticks.open_batches(self.db, slot)
+            while left:
                 await anyio.sleep(WATCH_S)
+                left = await ticks.still_open(self.db, left)
             loop.stop()
 
         async with anyio.create_task_group() as group:

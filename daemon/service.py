@@ -17,7 +17,7 @@ import structlog
 from daemon import __version__, orchestrate
 from daemon.app import App, days, open_app, tick_settings
 from daemon.config import Settings
-from daemon.db import ledger, pauses, ticks
+from daemon.db import ledger, pauses, streams, ticks
 from daemon.domain.errors import PermanentError, TransientError
 from daemon.triggers.schedule import run_schedule
 from daemon.worker.loop import WorkerLoop
@@ -40,6 +40,7 @@ def has_uvloop() -> bool:
 async def _serve(settings: Settings) -> int:
     """Own every service in one task group: a service that crashes ends them all, and the process non-zero."""
     async with open_app(settings) as app:
+        await streams.check_sequence(app.db)
         loop = app.worker_loop()
         chosen = tick_settings(settings)
         async with anyio.create_task_group() as services:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from daemon.cli.arguments import Json
-from daemon.cli.printing import print_json, print_table
+from daemon.cli.printing import note, print_json, print_table
 from daemon.cli.session import set_up_logs, settings, with_app
 from daemon.domain.errors import DaemonError
 
@@ -63,6 +63,7 @@ def status(json: Json = False) -> None:
 
 def doctor(
     reach: Annotated[bool, typer.Option("--reach", help="Also ask whether each provider's host answers.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="First mend a sequence that a copy of the database lost.")] = False,
     json: Json = False,
 ) -> None:
     """Check the installation and the laws of the ledger; exit 1 if anything fails."""
@@ -74,8 +75,10 @@ def doctor(
     set_up_logs(chosen)
 
     async def examine() -> list[Check]:
-        # As found, not as mended: doctor applies no migrations.
+        # As found: doctor applies no migrations.
         async with open_app(chosen, is_migrating=False) as a:
+            for done in await a.mend() if fix else ():
+                note(f"mended: {done}")
             return await a.doctor(reach=reach)
 
     try:

@@ -180,7 +180,7 @@ _LAWS: tuple[tuple[str, str, str], ...] = (
     (
         "poll_seq ahead of every fence",
         query("law_poll_seq"),
-        "select setval('poll_seq', <newest>) and look for a bad copy",
+        "look what else the copy has lost, then `tallyd doctor --fix`",
     ),
     ("jobs in one state each", query("law_jobs_conserved"), "report it with this output"),
     ("partitions made ahead", query("law_partitions"), "start a replica: its maintenance makes them"),

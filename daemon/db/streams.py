@@ -22,9 +22,13 @@ _ADD_STREAMS = query("add_streams")
 _STREAMS = query("streams_for_poll")
 _EPOCHS_OF = query("epochs_of")
 _HELD = query("held_totals")
+_LOST_SEQUENCE = query("lost_sequence")
+_MEND_SEQUENCE = query("mend_sequence")
 _LOCK_OF = query("lock_streams_of")
 _CUTS_OF = query("cuts_of")
 _ADD_EPOCHS = query("add_epochs")
+
+_SCAN_TIMEOUT_S = 600.0
 
 GrainOf = Callable[[Connection], Mapping[str, tuple[GrainId, Grain]]]
 """The sources of a connection's provider, each with the grain that its settings ask for."""
@@ -96,6 +100,28 @@ async def load(
         streams[row["connection_id"]][row["source"]] = _stream(row, epochs[row["id"]], held.get(row["id"], {}))
     now = rows[0]["now"] if rows else await db.now()
     return [Loaded(c, streams[c.id], problems.get(c.id)) for c in connections.values()], now
+
+
+async def check_sequence(db: Executor) -> None:
+    """Refuse to poll where a copy of the database lost `poll_seq`: every answer would look old, and none be booked.
+
+    Raises:
+        ConfigError: it is behind what was taken.
+    """
+    lost = await db.fetchrow(_LOST_SEQUENCE)
+    if lost is not None:
+        problem = (
+            f"database: the sequence poll_seq stands at {lost['issued']}, behind {lost['newest']}, the newest read that is "
+            "booked, so that every answer would look old; a copy that lost it may have lost more: run `tallyd doctor`, "
+            "then `tallyd doctor --fix`"
+        )
+        raise ConfigError([problem])
+
+
+async def mend_sequence(db: Executor) -> int | None:
+    """Set `poll_seq` to the newest read that is booked anywhere. Returns it; None when it is not behind."""
+    newest: int | None = await db.fetchval(_MEND_SEQUENCE, timeout_s=_SCAN_TIMEOUT_S)
+    return newest
 
 
 async def lock_of(tx: Executor, connections: Sequence[ConnectionId]) -> None:

@@ -16,6 +16,7 @@ _HAND_OVER = query("hand_over_connections")
 _FINISH = query("finish_tick")
 _HAS = query("has_tick")
 _OPEN_BATCHES = query("tick_open_batches")
+_STILL_OPEN = query("jobs_still_open")
 _SUMMARIES = query("summaries_of")
 _JOBS = query("jobs_of_tick")
 _PRUNE_TICKS = query("prune_ticks")
@@ -55,10 +56,14 @@ async def exists(db: Executor, slot: datetime) -> bool:
     return bool(await db.fetchval(_HAS, slot))
 
 
-async def open_batches(db: Executor, slot: datetime) -> int | None:
-    """How many batches of a tick have not finished; None when there is no such tick."""
-    left: int | None = await db.fetchval(_OPEN_BATCHES, slot)
-    return left
+async def open_batches(db: Executor, slot: datetime) -> list[JobId]:
+    """The batches of a tick that wait or run. One that died is over, as is one that was split."""
+    return [JobId(row["id"]) for row in await db.fetch(_OPEN_BATCHES, slot)]
+
+
+async def still_open(db: Executor, jobs: Sequence[JobId]) -> list[JobId]:
+    """Those of the jobs that wait or run: by id, so cheap enough to be asked again and again."""
+    return [JobId(row["id"]) for row in await db.fetch(_STILL_OPEN, list(jobs))]
 
 
 async def jobs_of(db: Executor, slot: datetime) -> list[JobId]:

@@ -248,12 +248,12 @@ class PostgresQueue:
 
     # What any replica does for all
 
-    async def rescue(self) -> Rescue:
-        """Take jobs back from workers without a beat for 15 s, and those whose lease has run out.
+    async def rescue(self, *, silent_s: float = STALE_S) -> Rescue:
+        """Take jobs back from workers without a beat for `silent_s`, and those whose lease has run out.
 
-        Only for a worker whose own beats have succeeded for 15 s on end: after an outage everyone looks stale.
+        At 15 s only for a worker whose own beats have succeeded for as long: after an outage everyone looks stale.
         """
-        rows = await self._db.fetch(_RESCUE, LOSSES_MAX, STALE_S, RESCUE_MAX)
+        rows = await self._db.fetch(_RESCUE, LOSSES_MAX, silent_s, RESCUE_MAX)
         rescued = Rescue(
             [JobId(row["id"]) for row in rows if not row["is_dead"]],
             [JobId(row["id"]) for row in rows if row["is_dead"]],

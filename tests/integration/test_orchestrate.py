@@ -289,4 +289,3 @@ async def test_two_batches_that_end_at_the_same_moment_finish_their_tick(many: l
             await anyio.lowlevel.checkpoint()
         await first.__aexit__(None, None, None)
     assert await many[0].fetchval("select finished_at is not null from tick where slot_at = $1", slot)
-    assert await ticks.open_batches(many[0], slot) == 0

@@ -32,6 +32,20 @@ select b.stream_id, b.bucket_start, b.totals, b.total_quantity, b.total_amount
 from unnest($1::bigint[], $2::timestamptz[]) as g(stream_id, since)
 join bucket b on b.stream_id = g.stream_id and b.bucket_start >= g.since
 
+-- name: lost_sequence
+-- What a copy of the database left of the sequence, where it is behind what was taken. The streams' fences will do: a
+-- bucket is ahead of its stream by the reads of a few attempts at most.
+select s.issued, m.newest
+from (select case when is_called then last_value else last_value - 1 end as issued from poll_seq) s
+cross join (select max(last_seq) as newest from stream) m
+where m.newest > s.issued
+
+-- name: mend_sequence
+select setval('poll_seq', m.newest)
+from (select case when is_called then last_value else last_value - 1 end as issued from poll_seq) s
+cross join (select greatest((select max(last_seq) from stream), (select max(last_seq) from bucket)) as newest) m
+where m.newest > s.issued
+
 -- name: lock_streams_of
 select id from stream where connection_id = any($1::bigint[]) order by id for update
 

@@ -21,8 +21,17 @@ update tick set connections = $2, batches = $3, finished_at = case when $3 = 0 t
 select exists (select from tick where slot_at = $1)
 
 -- name: tick_open_batches
-select t.batches - count(b.job_id) from tick t left join batch_summary b on b.slot_at = t.slot_at and b.kind = 'poll'
-where t.slot_at = $1 group by t.batches
+-- The tick and its batches were made in one transaction, hence at one now().
+select j.id from tick t join job j on j.created_at = t.created_at and j.kind = 'poll'
+where t.slot_at = $1 and exists (
+  select from ready where id = j.id union all select from due where id = j.id
+  union all select from lease where id = j.id)
+
+-- name: jobs_still_open
+select g.id from unnest($1::bigint[]) as g(id)
+where exists (
+  select from ready where id = g.id union all select from due where id = g.id
+  union all select from lease where id = g.id)
 
 -- name: summaries_of
 select count(*) as batches, coalesce(sum(connections), 0)::int as connections, coalesce(sum(unchanged), 0)::int as unchanged,
