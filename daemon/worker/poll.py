@@ -358,7 +358,7 @@ class _Reading:
                 self._context.turn.requests_saved += self._stream.last_pages
             live = () if window is None else (Chunk(window, self._plan.probe.epoch),)
         for chunk in live:
-            await self._read(chunk, self._seq, probed)
+            await self._read(chunk, self._seq, probed, is_live=True)
         if live:
             self._fence = Window(
                 self._plan.live[-1].window.start if self._plan.probe is None else self._plan.probe.window.start,
@@ -384,7 +384,6 @@ class _Reading:
             context.connection.target, self._spec.name, chunk.epoch.grain, chunk.window, context.caller
         )
         if probe.totals is None:
-            self._probe_digest = probe.digest
             return (None if probe.digest == stream.probe_digest else chunk.window), {}
         nothing = Totals()
         for start in chunk.window.buckets(chunk.epoch.grain.width):
@@ -392,7 +391,9 @@ class _Reading:
                 return Window(start, chunk.window.end), probe.totals
         return None, probe.totals
 
-    async def _read(self, chunk: Chunk, seq: int, probed: Mapping[datetime, Totals]) -> Window | None:
+    async def _read(
+        self, chunk: Chunk, seq: int, probed: Mapping[datetime, Totals], *, is_live: bool = False
+    ) -> Window | None:
         """Read one page chain and hand it over.
 
         Returns:
@@ -415,6 +416,9 @@ class _Reading:
                 self._floor = error.earliest
                 continue
             break
+        if is_live and self._probe_digest is None:
+            # The first answer has the oldest stamp: what is newer than that is read again.
+            self._probe_digest = snapshot.digest
         witness: Witness
         totals, witness = probed, "totals"
         if context.order.mode is Mode.FULL and self._spec.has_totals:
