@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 
 import anyio
 import pytest
 
-from daemon.db.pool import Database, Session
+from daemon.db import streams
+from daemon.db.pool import Database, Executor, Session
 from daemon.domain.errors import DataRejectedError, LeaseLostError
 from daemon.domain.job import JobId
 from daemon.domain.window import Window
@@ -186,10 +187,8 @@ async def test_bucket_that_drops_to_empty_is_not_believed_at_once(account: Accou
     await assert_laws(account.db)
 
 
-async def test_regrouped_bucket_refuses_a_stale_answer_of_the_old_grain(account: Account) -> None:
-    """Schedule 7: the old grain has no fence row in a bucket that only the new one has."""
-    boundary = T0 + HOUR
-    await account.db.execute(
+async def regroup(db: Executor, account: Account, boundary: datetime) -> None:
+    await db.execute(
         """insert into grain_epoch (stream_id, start_at, grain_id, api, width, group_by)
            values ($1, $2, $3, $4, $5, $6)""",
         account.stream.id,
@@ -199,6 +198,30 @@ async def test_regrouped_bucket_refuses_a_stale_answer_of_the_old_grain(account:
         OTHER_GRAIN.width.value,
         list(OTHER_GRAIN.group_by),
     )
+
+
+async def test_flush_waits_for_a_regrouping_that_is_under_way(account: Account) -> None:
+    """The epochs are read under the stream's lock: a moment earlier they would still name the old grain."""
+    boundary = T0 + HOUR
+    stale = account.piece(await account.seq(), {boundary: (row(tokens=100),)})
+    refused = []
+
+    async def book() -> None:
+        refused.append((await account.book(stale)).refused)
+
+    async with anyio.create_task_group() as group, account.db.transaction() as tx:
+        await streams.lock_of(tx, [account.connection.id])
+        await regroup(tx, account, boundary)
+        group.start_soon(book)
+        await until_blocked(account.db)
+    assert refused == [1]
+    assert await account.tokens() == 0
+
+
+async def test_regrouped_bucket_refuses_a_stale_answer_of_the_old_grain(account: Account) -> None:
+    """Schedule 7: the old grain has no fence row in a bucket that only the new one has."""
+    boundary = T0 + HOUR
+    await regroup(account.db, account, boundary)
     stale = account.piece(await account.seq(), {T0: (row(tokens=1),), boundary: (row(tokens=100),)})
     effect = await account.book(stale)
     assert effect.refused == 1
