@@ -375,6 +375,7 @@ class ConnectionStore:
             ConflictError: the new one belongs to another organisation than what is booked here.
         """
         async with self._db.transaction() as tx:
+            await tx.execute(_LOCK_STREAMS, tenant, name)
             row = await self._one(tx, tenant, name)
             if org_id is not None and row["org_id"] is not None and org_id != row["org_id"]:
                 raise ConflictError(
@@ -440,6 +441,8 @@ class ConnectionStore:
 
     async def _set_state(self, tenant: str, name: str, state: ConnectionState, reason: str | None) -> ConnectionId:
         async with self._db.transaction() as tx:
+            if state == "active":
+                await tx.execute(_LOCK_STREAMS, tenant, name)
             connection_id: int | None = await tx.fetchval(_SET_STATE, tenant, name, state, reason)
             if connection_id is None:
                 raise _missing(tenant, name)

@@ -1,5 +1,6 @@
 """Connections: one name, one organisation, one row, whatever people add, remove and add again."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -12,6 +13,7 @@ from daemon.db.secrets import Keyring, Place, Sealed, credential_print
 from daemon.db.tenants import TenantStore
 from daemon.domain.connection import ConnectionId, Secret, TenantId
 from daemon.domain.errors import ConfigError, ConflictError, CredentialError, ImportRefusedError, UsageError
+from tests.books_kit import until
 
 pytestmark = pytest.mark.anyio
 
@@ -170,6 +172,32 @@ async def test_new_credential_unparks_but_does_not_unpause(store: ConnectionStor
     assert (stored.state, stored.target.credential) == ("paused", Secret("sk-10"))
     with pytest.raises(ConflictError, match="organisation org-2"):
         await store.set_credential("acme", "main", Secret("sk-11"), org_id="org-2")
+
+
+@pytest.mark.parametrize("change", ["resume", "set_credential", "set_settings"])
+async def test_change_waits_for_a_flush_and_neither_blocks_the_other(
+    store: ConnectionStore, db: Database, change: str
+) -> None:
+    """A flush locks streams, then connections: a change that went the other way round would meet it in the middle."""
+    await store.add(connection())
+    await db.execute(
+        "insert into stream (tenant_id, connection_id, source, parked_reason)"
+        " select tenant_id, id, 'costs', 'forbidden' from connection"
+    )
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "resume": lambda: store.resume("acme", "main"),
+        "set_credential": lambda: store.set_credential("acme", "main", Secret("sk-9")),
+        "set_settings": lambda: store.set_settings("acme", "main", {"api": "analytics"}),
+    }
+
+    async def is_waiting() -> bool:
+        return bool(await db.fetchval("select count(*) from pg_locks where not granted"))
+
+    async with anyio.create_task_group() as tasks, db.transaction() as flush:
+        await flush.execute("select from stream for update")
+        tasks.start_soon(calls[change])
+        await until(is_waiting, "the change waits for the flush")
+        await flush.execute("select from connection for update")
 
 
 async def test_ciphertext_swapped_between_rows_does_not_open(store: ConnectionStore, db: Database) -> None:

@@ -139,23 +139,21 @@ async def test_boundary_is_judged_after_a_flush_that_holds_the_stream(books: Boo
     await books.poll()
     booked = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) + 3 * HOUR
     stream = (await books.stream("main", "completions"))["id"]
-    # The flush commits before the group waits for the change.
-    async with anyio.create_task_group() as group:  # noqa: SIM117
-        async with books.db.transaction() as flush:
-            await flush.execute("select from stream where id = $1 for update", stream)
-            group.start_soon(books.app.regroup, "acme", "main", {"group_by": {"completions": ["model"]}})
+    async with anyio.create_task_group() as group, books.db.transaction() as flush:
+        await flush.execute("select from stream where id = $1 for update", stream)
+        group.start_soon(books.app.regroup, "acme", "main", {"group_by": {"completions": ["model"]}})
 
-            async def is_waiting() -> bool:
-                return bool(await books.db.fetchval("select count(*) from pg_locks where not granted"))
+        async def is_waiting() -> bool:
+            return bool(await books.db.fetchval("select count(*) from pg_locks where not granted"))
 
-            await until(is_waiting, "the change waits for the flush")
-            await flush.execute(
-                "insert into bucket (stream_id, bucket_start, last_seq, hash_version, digest, totals)"
-                " values ($1, $2, 1, 1, '', '{0,0,0,0,0}')",
-                stream,
-                booked,
-            )
-            assert (await books.app.connections.list())[0].settings == {}
+        await until(is_waiting, "the change waits for the flush")
+        await flush.execute(
+            "insert into bucket (stream_id, bucket_start, last_seq, hash_version, digest, totals)"
+            " values ($1, $2, 1, 1, '', '{0,0,0,0,0}')",
+            stream,
+            booked,
+        )
+        assert (await books.app.connections.list())[0].settings == {}
     assert (await books.app.connections.list())[0].settings
     newest = await books.db.fetchval("select max(start_at) from grain_epoch where stream_id = $1", stream)
     assert newest == booked + HOUR
