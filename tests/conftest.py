@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import logging
 import os
 import secrets
 import shutil
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
+import structlog
 
 from daemon.db.embedded import Cluster
 from daemon.db.migrate import migrate
@@ -25,6 +27,17 @@ FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A test that sets up logging writes to a stream of its own, which is closed when the next one logs."""
+    root = logging.getLogger()
+    config, handlers, level = structlog.get_config(), root.handlers[:], root.level
+    yield
+    structlog.configure(**config)
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def in_database(url: str, name: str) -> str:
