@@ -349,6 +349,8 @@ class _Reading:
 
     async def run(self) -> None:
         self._seq = await self._context.deps.seqs.next()
+        if self._seq <= self._stream.last_seq:  # drawn after the stream was loaded, so it has to be greater
+            raise PermanentError(f"poll_seq has fallen behind ({self._seq}); stop tallyd and run `tallyd doctor --fix`")
         live = self._plan.live
         probed: Mapping[datetime, Totals] = {}
         if self._plan.probe is not None:

@@ -10,6 +10,7 @@ from time import monotonic
 import anyio
 import pytest
 
+from daemon.db import ticks
 from daemon.db.pool import Database
 from daemon.domain.connection import Epoch, Stream, StreamId
 from daemon.domain.errors import LeaseLostError, RateLimitedError
@@ -170,6 +171,17 @@ async def test_source_with_one_bad_bucket_in_its_history_keeps_its_live_cursor(b
     stream = await books.stream("main", "completions")
     assert await books.db.fetchval("select count(*) from usage_row where stream_id = $1", stream["id"])
     assert stream["covered_to"] is not None
+
+
+async def test_sequence_that_is_lost_under_a_running_daemon_is_told(books: Books) -> None:
+    """Schedule 13: every answer would look old, and each poll would be content with `unchanged`."""
+    await books.add("main")
+    await books.poll()
+    await books.db.execute("update stream set last_seq = last_seq + 1000000")
+    job = await lease(books, PollOrder([books.ids["main"]], mode=Mode.POLL))
+    await books.app.run_job(job)
+    _, summary = await ticks.summary_of(books.db, [job.id])
+    assert (summary.unchanged, summary.dead) == (0, len(OpenAIPoller.sources))
 
 
 async def test_retry_of_a_paused_connection_gives_its_stream_back(books: Books) -> None:
