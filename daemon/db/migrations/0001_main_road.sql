@@ -151,7 +151,8 @@ begin
     name := 'ledger_' || to_char(month, 'YYYYMM');
     continue when to_regclass(name) is not null;
     perform pg_advisory_xact_lock(hashtext('tallyd.ledger.partitions'));
-    continue when to_regclass(name) is not null;
+    -- A query, for to_regclass may answer from a cache that does not know yet what the lock's last holder made.
+    continue when exists (select from pg_class where relname = name and relnamespace = current_schema()::regnamespace);
     execute format('create table %I (like ledger including defaults including constraints)', name);
     execute format('alter table %I add check (bucket_start >= %L and bucket_start < %L)', name,
                    month at time zone 'UTC', (month + interval '1 month') at time zone 'UTC');
@@ -308,7 +309,8 @@ begin
     name := 'attempt_' || to_char(monday, 'YYYYMMDD');
     continue when to_regclass(name) is not null;
     perform pg_advisory_xact_lock(hashtext('tallyd.attempt.partitions'));
-    continue when to_regclass(name) is not null;
+    -- A query, for to_regclass may answer from a cache that does not know yet what the lock's last holder made.
+    continue when exists (select from pg_class where relname = name and relnamespace = current_schema()::regnamespace);
     execute format('create table %I (like attempt including defaults)', name);
     execute format('alter table attempt attach partition %I for values from (%L) to (%L)', name,
                    monday at time zone 'UTC', (monday + interval '7 days') at time zone 'UTC');
