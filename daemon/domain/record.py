@@ -122,6 +122,7 @@ class Snapshot:
 
     Attributes:
         window: aligned; each of its buckets is covered, also those that the provider left out because they are empty.
+            It may end earlier than was asked for, where the provider's answer did.
         buckets: those with rows (and possibly empty ones), oldest first, each start at most once.
         pages: how many pages the chain had.
         digest: of this very data, as `Probe.digest` tells it; None where probes compare totals.

@@ -115,7 +115,7 @@ async def read(target: Target, source: str, grain: Grain, window: Window, call: 
 
     pages = await read_pages(ask, end=window.end, pages_max=PAGES_MAX)
     digest = _digest(stamps.pop())
-    buckets = in_order([_joined(pages, source, is_stamped=digest is not None)], window, grain.width)
+    _, buckets = in_order([_joined(pages, source, is_stamped=digest is not None)], window, grain.width)
     return Snapshot(grain, window, buckets, len(pages), digest)
 
 

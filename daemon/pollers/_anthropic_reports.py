@@ -115,5 +115,5 @@ async def read(
             if error.status != 400 or limit == 1:
                 raise
             limit //= 2
-    buckets = in_order(pages, asked, width)
+    _, buckets = in_order(pages, asked, width)
     return tuple([bucket for bucket in buckets if bucket.start in window]), len(pages)

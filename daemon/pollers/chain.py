@@ -99,38 +99,34 @@ def check_grid(start: datetime, end: datetime, width: Width) -> None:
 
 
 def in_order(
-    pages: Sequence[Page], window: Window, width: Width, *, whole_until: datetime | None = None
-) -> tuple[BucketRead, ...]:
-    """The buckets of a chain that lie in `window`, once their order is proven.
+    pages: Sequence[Page], window: Window, width: Width, *, may_send_empty: bool = False
+) -> tuple[Window, tuple[BucketRead, ...]]:
+    """The part of `window` that a chain covers, and its buckets in there, once their order is proven.
 
-    A provider that sends empty buckets too must send all of them, so that a hole, a late start or an early end means a
-    lost page. That it does so is told by the chain: one with an empty bucket in it must be whole. One without may come
-    from a gateway that leaves them out, and so may an answer without any bucket; what seems to vanish there is withheld
-    until a second read misses it too (`daemon.records.restate`).
+    A provider that sends empty buckets sends all of them between the first and the last, so that a hole means a lost
+    page, and what comes after the last one is not covered: it may be late, or lost. It may well begin later than it
+    was asked to, at the organisation's first day. That a provider is of this kind is told by the chain, by an empty
+    bucket in it. A chain without one may come from a gateway that leaves them out, and so may an answer without any
+    bucket; what seems to vanish there is withheld until a second read misses it too (`daemon.records.restate`).
 
     Args:
-        whole_until: up to when the provider has all buckets, if it may be one that sends empty ones; None: it is none.
+        may_send_empty: False for an API that never does.
     """
     buckets = [bucket for page in pages for bucket in page.buckets]
-    if all(rows for _, rows in buckets):
-        whole_until = None
+    sends_empty = may_send_empty and any(not rows for _, rows in buckets)
     taken: list[BucketRead] = []
     last: datetime | None = None
     for start, rows in buckets:
-        if last is not None and (start <= last or (whole_until and start - last != width.delta)):
+        if last is not None and (start <= last or (sends_empty and start - last != width.delta)):
             raise SchemaDriftError(f"bucket {rfc3339(start)} follows {rfc3339(last)}: repeated, out of order or a hole")
         if start < window.start:
             raise SchemaDriftError(f"bucket {rfc3339(start)} lies before the asked start {rfc3339(window.start)}")
-        if last is None and whole_until and start != window.start:
-            raise SchemaDriftError(f"the chain begins at {rfc3339(start)} instead of {rfc3339(window.start)}")
         last = start
         if start < window.end:
             taken.append(BucketRead(start, rows))
-    if whole_until:
-        end, due = buckets[-1][0] + width.delta, min(window.end, width.floor(whole_until))
-        if end < due:
-            raise SchemaDriftError(f"the chain ends at {rfc3339(end)} instead of {rfc3339(due)}: a page was lost")
-    return tuple(taken)
+    if sends_empty and last is not None:
+        window = Window(window.start, min(window.end, last + width.delta))
+    return window, tuple(taken)
 
 
 # ── Fields ──────────────────────────────────────────────────────────────────────────────────────

@@ -7,7 +7,7 @@ query; an unaligned start clips the first bucket.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -18,7 +18,7 @@ import msgspec
 from daemon.domain.connection import Identity, Target
 from daemon.domain.errors import BadRequestError, ForbiddenError, HistoryFloorError, SchemaDriftError
 from daemon.domain.ports import Cadence, Caller, Ladder, Probe, SourceSpec
-from daemon.domain.record import BucketRead, Dims, Grain, Rating, Row, Snapshot, Totals, totals_of
+from daemon.domain.record import Dims, Grain, Rating, Row, Snapshot, Totals, totals_of
 from daemon.domain.window import Width, Window, from_epoch, to_epoch
 from daemon.pollers.chain import (
     Fields,
@@ -300,18 +300,15 @@ class OpenAIPoller:
                 f"costs by api_key_id begin on {COSTS_KEY_FLOOR:%Y-%m-%d}; settings.group_by.costs without it reads more",
             )
         pages = await self._read(target, source, grain, window, call)
-        return Snapshot(grain, window, self._whole(pages, window, grain.width), len(pages))
+        covered, buckets = in_order(pages, window, grain.width, may_send_empty=True)
+        return Snapshot(grain, covered, buckets, len(pages))
 
     async def totals(
         self, target: Target, source: str, grain: Grain, window: Window, call: Caller
     ) -> Mapping[datetime, Totals]:
         pages = await self._read(target, source, Grain(grain.api, grain.width, ()), window, call)
-        buckets = self._whole(pages, window, grain.width)
+        _, buckets = in_order(pages, window, grain.width, may_send_empty=True)
         return {bucket.start: totals_of(bucket.rows) for bucket in buckets if bucket.rows}
-
-    def _whole(self, pages: Sequence[Page], window: Window, width: Width) -> tuple[BucketRead, ...]:
-        # The last bucket to end may not be there yet: a report lags, and our clock may be ahead.
-        return in_order(pages, window, width, whole_until=self._now() - width.delta)
 
     async def _read(self, target: Target, source: str, grain: Grain, window: Window, call: Caller) -> list[Page]:
         width = grain.width

@@ -342,6 +342,7 @@ class _Reading:
         self._floor = stream.floor
         self._fence: Window | None = None
         self._covered_from = stream.covered_from
+        self._covered_to = stream.epochs[-1].grain.width.floor(context.now)
         self._pages = 0
         self._probe_digest: bytes | None = None
         self._is_whole = False
@@ -359,13 +360,14 @@ class _Reading:
                 self._fence = self._plan.probe.window
                 self._context.turn.requests_saved += self._stream.last_pages
             live = () if window is None else (Chunk(window, self._plan.probe.epoch),)
+        end = max((chunk.window.end for chunk in live), default=None)
         for chunk in live:
-            await self._read(chunk, self._seq, probed, is_live=True)
-        if live:
-            self._fence = Window(
-                self._plan.live[-1].window.start if self._plan.probe is None else self._plan.probe.window.start,
-                max(chunk.window.end for chunk in live),
-            )
+            read = await self._read(chunk, self._seq, probed, is_live=True)
+            if read is not None and read.end < chunk.window.end:
+                end = self._covered_to = min(read.end, self._covered_to)
+        if end is not None:
+            start = self._plan.live[-1].window.start if self._plan.probe is None else self._plan.probe.window.start
+            self._fence = Window(start, max(start, end))
             self._reach(self._fence)
         limit = self._context.deps.settings.history_chunks if self._context.order.mode is Mode.TICK else None
         for chunk in self._plan.history[:limit]:
@@ -399,7 +401,8 @@ class _Reading:
         """Read one page chain and hand it over.
 
         Returns:
-            What was read: the chunk's window, less what lies before the provider's history floor.
+            What was read: the chunk's window, less what lies before the provider's history floor, or after the end of
+            its answer.
         """
         context, width = self._context, chunk.epoch.grain.width
         call = (context.connection.target, self._spec.name, chunk.epoch.grain)
@@ -444,7 +447,7 @@ class _Reading:
         )
         self.has_read = True
         self._pages += snapshot.pages
-        return window
+        return snapshot.window
 
     def _reach(self, window: Window) -> None:
         """History is read newest first: it is covered back to here when nothing is left out in between."""
@@ -455,14 +458,13 @@ class _Reading:
         """The stream's new fence and cursors, as far as this attempt came; None before the trailing window was read."""
         if self._fence is None:
             return None
-        width = self._stream.epochs[-1].grain.width
         is_full = self._context.order.mode is Mode.FULL and self._is_whole
         return StreamEnd(
             stream_id=self._stream.id,
             seq=self._seq,
             window=self._fence,
             covered_from=self._covered_from,
-            covered_to=width.floor(self._context.now),
+            covered_to=self._covered_to,
             floor=self._floor,
             pages=self._pages or None,
             probe_digest=self._probe_digest,

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from time import monotonic
 
 import anyio
+import msgspec
 import pytest
 
 from daemon.db import ticks
@@ -171,6 +172,34 @@ async def test_source_with_one_bad_bucket_in_its_history_keeps_its_live_cursor(b
     stream = await books.stream("main", "completions")
     assert await books.db.fetchval("select count(*) from usage_row where stream_id = $1", stream["id"])
     assert stream["covered_to"] is not None
+
+
+async def test_answer_that_ends_early_moves_no_cursor_past_its_end(books: Books) -> None:
+    """Rule 0.4: `has_more: false` after half of the hours. What is missing is neither zeroed nor taken for read."""
+    await books.add("main")
+    await books.poll()
+    spent = await books.db.fetchval("select sum(input_tokens) from ledger")
+    await books.db.execute("update stream set covered_to = covered_to - interval '5 hours', hourly_at = null")
+    half = books.app.poll_deps.http
+
+    class Cut:
+        async def get(self, base_url: str, path: str, params: object = (), headers: object = None) -> Answer:
+            answer = await half.get(base_url, path, params, headers)  # type: ignore[arg-type]
+            if COMPLETIONS not in path:
+                return answer
+            page = msgspec.json.decode(answer.body)
+            buckets = page["data"][:-3]
+            buckets[-1]["results"] = []
+            return replace(answer, body=msgspec.json.encode({**page, "data": buckets}))
+
+    before = await books.stream("main", "completions")
+    await replace(books, app=with_deps(books.app, http=Cut())).poll()
+    after = await books.stream("main", "completions")
+    now = Width.HOUR.floor(datetime.now(UTC))
+    assert before["covered_to"] <= after["covered_to"] <= now - 2 * HOUR
+    assert await books.db.fetchval("select sum(input_tokens) from ledger") == spent
+    await books.poll()
+    await books.assert_equal()
 
 
 async def test_sequence_that_is_lost_under_a_running_daemon_is_told(books: Books) -> None:

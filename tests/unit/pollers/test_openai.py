@@ -74,26 +74,6 @@ async def test_pages_beyond_the_window_are_not_read():
     assert len(script.requests) == 1
 
 
-async def test_chain_is_whole_though_the_present_is_not_there_yet():
-    """The open bucket may be missing, and so may the one before: a report lags, and our clock may be ahead."""
-    moments = []
-    poller = OpenAIPoller(now=lambda: moments[-1])
-    hour = Width.HOUR.floor(NOW)
-    window = Window(hour - 3 * HOUR, hour + HOUR)
-
-    async def read(now, *hours_back):
-        moments.append(now)
-        page = openai_page([COMPLETIONS.bucket(hour - back * HOUR, []) for back in hours_back], False, None)
-        snapshot = await poller.fetch(COMPLETIONS.target, "completions", COMPLETIONS.grain, window, Script(page))
-        return len(snapshot.buckets)
-
-    assert await read(hour + timedelta(minutes=20), 3, 2, 1, 0) == 4
-    assert await read(hour + timedelta(minutes=20), 3, 2) == 2
-    assert await read(hour - timedelta(minutes=1), 3) == 1
-    with pytest.raises(SchemaDriftError, match="ends"):
-        await read(hour, 3)
-
-
 async def test_costs_by_key_have_a_floor_and_without_it_have_none():
     costs = BY_SOURCE["costs"]
     before = Window(COSTS_KEY_FLOOR - timedelta(days=1), COSTS_KEY_FLOOR)
