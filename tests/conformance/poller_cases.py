@@ -1,7 +1,7 @@
 """What the poller suite needs to know about one source: how its rows look on the wire, and what they mean.
 
 To run the suite on a poller of your own, describe each of its sources as a `Case`, in a tuple `CASES` of a module of
-yours, and name the module: `TALLYD_POLLER_CASES=my_package.cases pytest tests/conformance/test_pollers.py`.
+yours, and name the module: `TALLYD_TEST_POLLER_CASES=my_package.cases pytest tests/conformance/test_pollers.py`.
 """
 
 import json
@@ -287,5 +287,5 @@ OURS = (
     _anthropic("cost", ANALYTICS),
 )
 
-_named = os.environ.get("TALLYD_POLLER_CASES")
+_named = os.environ.get("TALLYD_TEST_POLLER_CASES")
 CASES: tuple[Case, ...] = import_module(_named).CASES if _named else OURS

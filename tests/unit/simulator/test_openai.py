@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 START = at("2026-11-20T00:00:00Z")
 SOURCES = [name for name in OPENAI if name != "unreported"]
 CONTRACT = Path(
-    os.environ.get("TALLYD_CONTRACTS")
+    os.environ.get("TALLYD_TEST_CONTRACTS")
     or Path(__file__).parents[3].parent / "shared" / "contracts" / "openai-usage.openapi.json"
 )
 
@@ -30,7 +30,7 @@ CONTRACT = Path(
 @pytest.fixture(scope="module")
 def document() -> Any:
     if not CONTRACT.is_file():
-        pytest.skip("the OpenAPI document is not at hand; TALLYD_CONTRACTS names it")
+        pytest.skip("the OpenAPI document is not at hand; TALLYD_TEST_CONTRACTS names it")
     return json.loads(CONTRACT.read_text())
 
 
