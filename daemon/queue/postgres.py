@@ -374,14 +374,16 @@ async def _settle(db: Executor, settlements: Iterable[Settlement]) -> set[JobId]
     if not ordered:
         return set()
     endings = [_ending(s.job, s.outcome) for s in ordered]
+    delays = [delay_s for _, delay_s, _ in endings]
+    notes = [note for _, _, note in endings]
     rows = await db.fetch(
         _SETTLE,
         [s.job.id for s in ordered],
         [s.job.token for s in ordered],
         [ending for ending, _, _ in endings],
         [s.took_ms for s in ordered],
-        [delay_s for _, delay_s, _ in endings],
-        [note for _, _, note in endings],
+        delays if any(delays) else [],
+        notes if notes.count(None) < len(notes) else [],
     )
     return _ids(rows)
 

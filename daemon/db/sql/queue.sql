@@ -118,9 +118,10 @@ update ready_floor set at = n.at from n where ready_floor.at <> n.at
 
 -- name: settle
 -- Outcomes: 1 done 2 retry 3 snooze 4 dead 5 cancelled. A finished job's row goes with its lease. A dead or cancelled
--- job no longer holds what it had opened.
+-- job no longer holds what it had opened. Delays and notes may be left out: `unnest` fills up with nulls.
 with i as (
-  select * from unnest($1::bigint[], $2::bigint[], $3::smallint[], $4::int[], $5::float8[], $6::text[])
+  select id, token, outcome, took_ms, coalesce(delay_s, 0) as delay_s, note
+  from unnest($1::bigint[], $2::bigint[], $3::smallint[], $4::int[], $5::float8[], $6::text[])
     as i(id, token, outcome, took_ms, delay_s, note)),
 x as (
   delete from lease l using i where l.id = i.id and l.token = i.token
