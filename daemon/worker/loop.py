@@ -346,7 +346,7 @@ class WorkerLoop:
     def _end(self, job: Job, outcome: Outcome, took_s: float) -> None:
         if not (isinstance(outcome, Completed) and outcome.is_settled):
             self._results.append(Settlement(job, outcome, int(took_s * 1000)))
-            if len(self._results) >= FLUSH_AT:
+            if len(self._results) == FLUSH_AT:
                 self._full.set()
         self._ended.set()
 
