@@ -254,7 +254,7 @@ def drain_pgqueuer(url: str, gate: Gate, *, batch: int, managers: int) -> None:
 
 _BARE_CLAIM = """
 with h as materialized (
-  select ctid as t from ready where key_id = $1 order by prio, run_at, id limit $2 for update skip locked),
+  select ctid as t from ready where key_id = $1 order by prio, born, id limit $2 for update skip locked),
 x as (delete from ready where ctid = any(array(select t from h)) returning *),
 l as (
   insert into lease (id, token, attempt, losses, worker, key_id, prio, lease_until)

@@ -183,6 +183,7 @@ _LAWS: tuple[tuple[str, str, str], ...] = (
         "look what else the copy has lost, then `tallyd doctor --fix`",
     ),
     ("jobs in one state each", query("law_jobs_conserved"), "report it with this output"),
+    ("ready jobs above the floor", query("law_ready_floor"), "`update ready_floor set at = '0'` in psql"),
     ("partitions made ahead", query("law_partitions"), "start a replica: its maintenance makes them"),
 )
 

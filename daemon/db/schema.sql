@@ -153,8 +153,13 @@ create table ready (
   id bigint not null,
   attempt smallint not null,
   losses smallint not null,
-  token bigint not null
+  token bigint not null,
+  born xid8 default pg_current_xact_id() not null
 ) with (autovacuum_vacuum_scale_factor=0, autovacuum_vacuum_threshold=2000, autovacuum_vacuum_cost_delay=0);
+
+create table ready_floor (
+  at xid8 not null
+);
 
 create table schema_migration (
   version integer not null,
@@ -311,9 +316,11 @@ CREATE INDEX due_id ON public.due USING btree (id);
 
 CREATE INDEX ledger_booked ON public.ledger USING btree (booked_at);
 
+CREATE UNIQUE INDEX ready_floor_one ON public.ready_floor USING btree ((true));
+
 CREATE INDEX ready_id ON public.ready USING btree (id);
 
-CREATE INDEX ready_key ON public.ready USING btree (key_id, prio, run_at, id);
+CREATE INDEX ready_key ON public.ready USING btree (key_id, prio, born, id);
 
 CREATE INDEX stream_open ON public.stream USING btree (open_job) WHERE (open_job IS NOT NULL);
 

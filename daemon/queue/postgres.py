@@ -6,11 +6,13 @@ statement, and every write about a running job matches `(id, token)`: what comes
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from time import monotonic
 from typing import assert_never
 
 from daemon.db.pool import Database, Executor, Record, Session, query
@@ -39,6 +41,8 @@ STALE_S = 15.0
 LOSSES_MAX = 5
 PROMOTE_MAX = 2_000
 RESCUE_MAX = 500
+FLOOR_S = 0.5
+FLOOR_HEADS = 1_000
 FIRST_KEY = -1
 """The cursor before every key: keys are never negative."""
 
@@ -51,6 +55,7 @@ _DEDUP_REPLACE = query("dedup_replace")
 _UNCLAIMED_DUE = query("dedup_unclaimed_due")
 _UNCLAIMED_READY = query("dedup_unclaimed_ready")
 _CLAIM = query("claim_fair")
+_RAISE_FLOOR = query("raise_floor")
 _SETTLE = query("settle")
 _LOCK_LEASE = query("lock_lease")
 _RELEASE = query("release")
@@ -109,6 +114,7 @@ class PostgresQueue:
 
     def __init__(self, db: Database) -> None:
         self._db = db
+        self._floor_due = 0.0
         self.waker = Waker(db)
 
     # Enqueue
@@ -163,6 +169,7 @@ class PostgresQueue:
             rows = await self._db.fetch(_CLAIM, FIRST_KEY, limit, worker, LEASE_GRACE_S)
         if not rows:
             return ClaimResult([], FIRST_KEY)
+        self._floor_due = min(self._floor_due, monotonic() + FLOOR_S)
         is_at_end = rows[0]["keys"] < limit
         return ClaimResult([_job(row) for row in rows], FIRST_KEY if is_at_end else rows[0]["last_key"])
 
@@ -262,8 +269,15 @@ class PostgresQueue:
             self.waker.wake()
         return rescued
 
+    async def raise_floor(self) -> None:
+        """Let claims start behind what is known to be gone for good, whoever claimed it."""
+        await self._db.execute(_RAISE_FLOOR, FLOOR_HEADS)
+        self._floor_due = math.inf  # until something is claimed
+
     async def promote(self) -> Promotion:
-        """Move what has become due to ready, at most 2,000 at a time."""
+        """Move what has become due to ready, at most 2,000 at a time; and raise the floor, if it is time."""
+        if monotonic() >= self._floor_due:
+            await self.raise_floor()
         row = await self._db.fetchrow(_PROMOTE, PROMOTE_MAX)
         assert row is not None
         promotion = Promotion(row["moved"], row["next_s"])
@@ -360,14 +374,16 @@ async def _settle(db: Executor, settlements: Iterable[Settlement]) -> set[JobId]
     if not ordered:
         return set()
     endings = [_ending(s.job, s.outcome) for s in ordered]
+    delays = [delay_s for _, delay_s, _ in endings]
+    notes = [note for _, _, note in endings]
     rows = await db.fetch(
         _SETTLE,
         [s.job.id for s in ordered],
         [s.job.token for s in ordered],
         [ending for ending, _, _ in endings],
         [s.took_ms for s in ordered],
-        [delay_s for _, delay_s, _ in endings],
-        [note for _, _, note in endings],
+        delays if any(delays) else [],
+        notes if notes.count(None) < len(notes) else [],
     )
     return _ids(rows)
 

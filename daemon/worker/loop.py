@@ -7,6 +7,7 @@ leased in Postgres, so that losing it costs time and no work.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -112,14 +113,18 @@ class _Signal:
 
     def __init__(self) -> None:
         self._event = anyio.Event()
+        self._is_set = False
 
     def set(self) -> None:
-        self._event.set()
+        if not self._is_set:
+            self._is_set = True
+            self._event.set()
 
     async def wait(self, timeout_s: float | None = None) -> None:
         with anyio.move_on_after(timeout_s):
             await self._event.wait()
         self._event = anyio.Event()
+        self._is_set = False
 
 
 class _Fault:
@@ -163,6 +168,7 @@ class WorkerLoop:
         self._queue = queue
         self._run_job = run_job
         self._concurrency = concurrency
+        self._worth_claiming = max(1, concurrency // 4)
         self._drain_s = drain_s
         self._info = info
         self._listens = listens
@@ -170,7 +176,8 @@ class WorkerLoop:
         self._worker = WorkerId(0)
         self._pulse = Pulse(0.0, 0.0)
         self._inbox: deque[Job] = deque()
-        self._running: dict[JobId, anyio.CancelScope] = {}
+        self._running: dict[JobId, tuple[anyio.CancelScope, float]] = {}  # with the deadline of each
+        self._next_deadline = math.inf
         self._is_runner_starting = False
         self._results: list[Settlement] = []
         self._settling: list[Settlement] = []
@@ -185,6 +192,7 @@ class WorkerLoop:
         self._full = anyio.Event()
         self._settled = _Signal()
         self._due = _Signal()
+        self._deadline_nearer = _Signal()
         self._beaten = anyio.Event()
 
     @property
@@ -209,7 +217,9 @@ class WorkerLoop:
         log.info("worker.started", worker_id=self._worker, concurrency=self._concurrency)
         try:
             async with anyio.create_task_group() as services:
-                for service in (self._beat, self._guard, self._claim, self._settle, self._rescue, self._promote):
+                for service in (
+                    self._beat, self._guard, self._cut_off, self._claim, self._settle, self._rescue, self._promote,
+                ):  # fmt: skip
                     services.start_soon(service, name=service.__name__)
                 services.start_soon(self._queue.waker.run, name="notify")
                 if self._listens:
@@ -232,7 +242,7 @@ class WorkerLoop:
         fault = _Fault("claim")
         while not self._is_stopping:
             free = self._concurrency - len(self._running) - len(self._inbox)
-            if not self._may_claim() or free < max(1, self._concurrency // 4):
+            if not self._may_claim() or free < self._worth_claiming:
                 await self._work.wait(POLL_S[1])
                 continue
             self._is_claiming = True
@@ -310,24 +320,39 @@ class WorkerLoop:
 
     async def _run_one(self, job: Job, scope: anyio.CancelScope) -> None:
         started = perf_counter()
-        scope.deadline = anyio.current_time() + job.timeout_s
-        self._running[job.id] = scope
+        deadline = started + job.timeout_s
+        self._running[job.id] = (scope, deadline)
+        if deadline < self._next_deadline:
+            self._next_deadline = deadline
+            self._deadline_nearer.set()
         try:
             outcome = await self._run_job(job)
         finally:
             del self._running[job.id]
         self._end(job, outcome, perf_counter() - started)
 
+    async def _cut_off(self) -> None:
+        """Cancel jobs at their deadlines: one timer for all, since one for each costs more than a job that does nothing."""
+        while True:
+            await self._deadline_nearer.wait(self._next_deadline - perf_counter())
+            now = perf_counter()
+            self._next_deadline = math.inf
+            for scope, deadline in self._running.values():
+                if deadline <= now:
+                    scope.deadline = -math.inf
+                else:
+                    self._next_deadline = min(self._next_deadline, deadline)
+
     def _end(self, job: Job, outcome: Outcome, took_s: float) -> None:
         if not (isinstance(outcome, Completed) and outcome.is_settled):
             self._results.append(Settlement(job, outcome, int(took_s * 1000)))
-            if len(self._results) >= FLUSH_AT:
+            if len(self._results) == FLUSH_AT:
                 self._full.set()
         self._ended.set()
 
     def _wake_if_free(self) -> None:
         free = self._concurrency - len(self._running) - len(self._inbox)
-        if free >= max(1, self._concurrency // 4):
+        if free >= self._worth_claiming:
             self._work.set()
 
     def _give_back(self, jobs: Iterable[Job]) -> None:
@@ -337,7 +362,7 @@ class WorkerLoop:
     def _cancel_jobs(self) -> None:
         self._give_back(self._inbox)
         self._inbox.clear()
-        for scope in self._running.values():
+        for scope, _ in self._running.values():
             scope.cancel()
 
     # Settling

@@ -245,6 +245,13 @@ async def test_every_law_holds_on_sound_rows(insights: Insights, db: Database) -
             "states due, ready",
         ),
         (
+            """with j as (insert into job (kind, body) values ('poll', '') returning id),
+               f as (update ready_floor set at = '2')
+               insert into ready select 0, 1, now(), id, 0, 0, 1, '1' from j""",
+            "ready jobs above the floor",
+            "born 1, floor 2",
+        ),
+        (
             "do $$ begin execute 'drop table ledger_' || to_char(now() at time zone 'UTC' + interval '1 month', 'YYYYMM'); end $$",
             "partitions made ahead",
             "name ledger_",

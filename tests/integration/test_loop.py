@@ -174,6 +174,29 @@ async def test_job_past_its_deadline_is_tried_again(db: Database, queue: Postgre
     assert await db.fetchval("select note from attempt") == "deadline passed"
 
 
+async def test_each_job_has_its_own_deadline(db: Database, queue: PostgresQueue) -> None:
+    """A nearer deadline does not wait for a later one, nor does a later one follow from a nearer."""
+    go_on = anyio.Event()
+
+    async def run_job(job: Job) -> Outcome:
+        if job.kind == "quick":
+            await anyio.sleep_forever()
+        await go_on.wait()
+        return Completed(note=job.kind)
+
+    await queue.enqueue([NewJob("slow", timeout_s=60), NewJob("slow", timeout_s=50)])
+    async with running(WorkerLoop(queue, run_job, concurrency=8, drain_s=5)):
+        await until(counter(db, "lease", 2))
+        await queue.enqueue([NewJob("quick", timeout_s=timeout_s) for timeout_s in (0.2, 0.05)])
+        await until(counter(db, "due", 2))
+        await queue.enqueue([NewJob("quick", timeout_s=0.05)])
+        await until(counter(db, "due", 3))
+        go_on.set()
+        await until(counter(db, "job", 3))
+    notes = await db.fetch("select note from attempt order by note")
+    assert [row["note"] for row in notes] == ["deadline passed"] * 3 + ["slow"] * 2
+
+
 async def test_job_that_its_handler_settled_is_left_alone(db: Database, queue: PostgresQueue) -> None:
     async def run_job(job: Job) -> Outcome:
         async with db.transaction() as tx:

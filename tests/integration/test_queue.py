@@ -48,7 +48,7 @@ STEPS = st.lists(
         st.tuples(st.just("release"), st.integers(0, 5)),
         st.tuples(st.just("crash"), st.integers(0, 1)),
         st.tuples(st.just("time"), st.sampled_from([1, 20, 4000])),
-        st.tuples(st.sampled_from(["rescue", "promote", "replay", "drop", "forward", "cancel", "prune"])),
+        st.tuples(st.sampled_from(["rescue", "promote", "floor", "replay", "drop", "forward", "cancel", "prune"])),
     ),
     min_size=10,
     max_size=40,
@@ -113,6 +113,8 @@ class History:
                 await self.queue.rescue()
             case "promote":
                 await self.queue.promote()
+            case "floor":
+                await self.queue.raise_floor()
             case "replay":
                 await self.care.dead_replay(self.stored)
             case "drop":

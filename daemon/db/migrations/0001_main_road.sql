@@ -220,10 +220,18 @@ create table ready (
   id      bigint not null,
   attempt smallint not null,
   losses  smallint not null,
-  token   bigint not null
+  token   bigint not null,
+  born    xid8 not null default pg_current_xact_id()   -- the transaction that made it ready
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0);
-create index ready_key on ready (key_id, prio, run_at, id);
+create index ready_key on ready (key_id, prio, born, id);
 create index ready_id on ready (id);
+
+-- One row: nothing in `ready` was born before `at`, or ever will be. Claims start there; see `raise_floor`.
+create table ready_floor (
+  at xid8 not null
+);
+create unique index ready_floor_one on ready_floor ((true));
+insert into ready_floor values ('0');
 
 create table due (
   run_at  timestamptz not null,

@@ -154,6 +154,12 @@ group by id, j.id
 having count(s.state) <> 1 or j.id is null
 limit 20
 
+-- name: law_ready_floor
+-- A row below the floor is never claimed. Only one that was copied here from another server can be there.
+select id, born::text as born, at::text as floor from ready join ready_floor on born < at
+where at <= pg_snapshot_xmin(pg_current_snapshot())
+limit 20
+
 -- name: law_partitions
 select name from (values
   ('ledger_' || to_char(now() at time zone 'UTC', 'YYYYMM')),

@@ -61,17 +61,23 @@ from unnest($1::text[], $2::bigint[], $3::float8[]) as u(key, job_id, window_s) 
 
 -- name: claim_fair
 -- Up to $2 keys after the cursor $1 by a loose index scan, and an equal share of the head of each. `array(...)` and
--- MATERIALIZED keep the planner from running a LIMIT twice. Nothing in `ready` lies in the future.
-with recursive k(key_id, n) as (
-  (select key_id, 1 from ready where key_id > $1::bigint order by key_id limit 1)
+-- MATERIALIZED keep the planner from running a LIMIT twice. Nothing in `ready` lies in the future. Below the floor lie
+-- only index entries of claimed jobs, which stay for as long as anybody holds a snapshot open. A floor that lies ahead
+-- of the server's own transactions was copied here from another server, and says nothing.
+with recursive f as materialized (
+  select coalesce(
+    (select at from ready_floor where at <= pg_snapshot_xmin(pg_current_snapshot()) limit 1), '0'::xid8) as at),
+k(key_id, n) as (
+  (select key_id, 1 from ready where key_id > $1::bigint and born >= (select at from f) order by key_id limit 1)
   union all
-  select (select q.key_id from ready q where q.key_id > k.key_id order by q.key_id limit 1), n + 1
+  select (select q.key_id from ready q where q.key_id > k.key_id and q.born >= (select at from f)
+          order by q.key_id limit 1), n + 1
   from k where k.key_id is not null and n < $2::int),
 v as materialized (select count(*) as keys, max(key_id) as last_key from k where key_id is not null),
 h as materialized (
   select q.t from k cross join lateral (
-    select ctid as t from ready r where r.key_id = k.key_id
-    order by r.prio, r.run_at, r.id limit (select greatest(1, $2::int / greatest(1, keys)) from v)
+    select ctid as t from ready r where r.key_id = k.key_id and r.born >= (select at from f)
+    order by r.prio, r.born, r.id limit (select greatest(1, $2::int / greatest(1, keys)) from v)
     for update skip locked) q
   where k.key_id is not null),
 x as (delete from ready where ctid = any(array(select t from h)) returning id, key_id, prio, attempt, losses, token),
@@ -86,11 +92,36 @@ l as (
 select id, token, kind, body, key_id, attempt, max_attempts, timeout_s, created_at, losses, keys, last_key
 from w cross join v
 
+-- name: raise_floor
+-- The oldest birth among the heads of all (key, prio), or the oldest transaction that still runs, which may yet commit
+-- something: whatever an ended one left in `ready` is among what this snapshot sees. Lower is always right, so with more
+-- than $1 heads it stays where it is: then few of the dead entries lie before each of them.
+with recursive f as materialized (
+  select coalesce(
+    (select at from ready_floor where at <= pg_snapshot_xmin(pg_current_snapshot()) limit 1), '0'::xid8) as at),
+k(key_id, prio, born, n) as (
+  (select key_id, prio, born, 1 from ready where born >= (select at from f) order by key_id, prio, born limit 1)
+  union all
+  select h.key_id, h.prio, h.born, k.n + 1 from k cross join lateral (
+    (select key_id, prio, born from ready
+     where key_id = k.key_id and prio > k.prio and born >= (select at from f) order by prio, born limit 1)
+    union all
+    (select key_id, prio, born from ready
+     where key_id > k.key_id and born >= (select at from f) order by key_id, prio, born limit 1)
+    limit 1) h
+  where k.n <= $1::int),
+n as materialized (
+  select case when (select count(*) from k) > $1 then f.at
+    else least((select born from k order by born limit 1), pg_snapshot_xmin(pg_current_snapshot())) end as at
+  from f)
+update ready_floor set at = n.at from n where ready_floor.at <> n.at
+
 -- name: settle
 -- Outcomes: 1 done 2 retry 3 snooze 4 dead 5 cancelled. A finished job's row goes with its lease. A dead or cancelled
--- job no longer holds what it had opened.
+-- job no longer holds what it had opened. Delays and notes may be left out: `unnest` fills up with nulls.
 with i as (
-  select * from unnest($1::bigint[], $2::bigint[], $3::smallint[], $4::int[], $5::float8[], $6::text[])
+  select id, token, outcome, took_ms, coalesce(delay_s, 0) as delay_s, note
+  from unnest($1::bigint[], $2::bigint[], $3::smallint[], $4::int[], $5::float8[], $6::text[])
     as i(id, token, outcome, took_ms, delay_s, note)),
 x as (
   delete from lease l using i where l.id = i.id and l.token = i.token
@@ -114,7 +145,7 @@ select id from x
 select 1 from lease where id = $1 and token = $2 for update
 
 -- name: release
--- The attempt is given back and the token kept. The place in the line is that of the claim.
+-- The attempt is given back and the token kept. Its place in the line is behind what is ready by now.
 with i as (select * from unnest($1::bigint[], $2::bigint[]) as i(id, token)),
 x as (delete from lease l using i where l.id = i.id and l.token = i.token returning l.*),
 g as (insert into attempt (id, attempt, worker, outcome) select id, attempt, worker, 8 from x),
