@@ -37,10 +37,6 @@ def _text(value: object) -> str:
     return value.strip()
 
 
-def _secret(value: object) -> Secret:
-    return Secret(_text(value))
-
-
 def _keys(value: object) -> Secret:
     from daemon.db.secrets import parse_keys  # noqa: PLC0415 -- cryptography is slow to import
 

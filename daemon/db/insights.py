@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -26,7 +26,6 @@ _UNPRICED = query("insights_unpriced")
 _GAPS = query("insights_gaps")
 _TICKS = query("insights_ticks")
 _STATUS = query("insights_status")
-_SUMMARIES = query("insights_summaries")
 _LABELS = query("insights_stream_labels")
 
 _REPORT_TIMEOUT_S = 600.0
@@ -261,10 +260,6 @@ class Insights:
         last = tuple(Tick(**tick) for tick in await self._db.fetch(_TICKS, ticks))
         states = msgspec.json.decode(row["connections"], type=dict[str, int])
         return Status(**{**row, "connections": states}, ticks=last)
-
-    async def summaries(self, *, last: int = 20) -> list[dict[str, Any]]:
-        """The newest batch summaries."""
-        return [dict(row) for row in await self._db.fetch(_SUMMARIES, last)]
 
     async def laws(self) -> list[Check]:
         """Every law that SQL can check, each in one statement."""

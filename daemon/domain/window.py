@@ -78,10 +78,6 @@ class Window:
         if self.end < self.start:
             raise ValueError(f"window ends {self.end} before it starts {self.start}")
 
-    @property
-    def is_empty(self) -> bool:
-        return self.start == self.end
-
     def __contains__(self, instant: datetime) -> bool:
         return self.start <= instant < self.end
 

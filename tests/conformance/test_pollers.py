@@ -278,9 +278,8 @@ async def test_required_field_of_another_kind_is_drift(case, value):
         await read(case, case.window(1), one_bucket(case, row))
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.optional is not None], ids=lambda case: case.id)
 async def test_missing_optional_field_is_none_not_zero(case):
-    if case.optional is None:
-        pytest.skip("all of its fields are required")
     row = case.row(1)
     del row[case.optional]
     full = bare(await one_row(case, case.row(1)))
@@ -392,9 +391,10 @@ async def test_amount_without_a_currency_is_drift(case, currency):
 # ── Totals, settings, keys ──────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.poller.sources[case.source].has_totals], ids=lambda case: case.id
+)
 async def test_totals_equal_the_grouped_sums_and_ask_ungrouped(case):
-    if not case.poller.sources[case.source].has_totals:
-        pytest.skip("it has none")
     first, second = case.starts(2)
     grouped = case.page(
         [case.bucket(first, [case.row(1), case.row(2)]), case.bucket(second, [case.row(1)])], False, None
@@ -407,9 +407,10 @@ async def test_totals_equal_the_grouped_sums_and_ask_ungrouped(case):
     assert [name for name, _ in script.query(0) if name.startswith("group_by")] == []
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.poller.sources[case.source].can_probe], ids=lambda case: case.id
+)
 async def test_probe_sees_what_a_fetch_would(case):
-    if not case.poller.sources[case.source].can_probe:
-        pytest.skip("it has none")
     (start,) = case.starts(1)
     script = Script(one_bucket(case, case.row(1)))
     probe = await case.poller.probe(case.target, case.source, case.grain, case.window(1), script)

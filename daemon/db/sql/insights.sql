@@ -63,11 +63,6 @@ select now() as now,
   (select count(*) from connection where state = 'active' and next_due_at < now() and open_job is null) as due,
   (select count(*) from worker where stopped_at is null and seen_at > now() - interval '30 seconds') as replicas
 
--- name: insights_summaries
-select finished_at, kind, connections, unchanged, stored, restated, retried, dead, requests, requests_saved, rows,
-  duration_s
-from batch_summary order by finished_at desc limit $1
-
 -- name: law_ledger_equals_rows
 -- One statement, hence one snapshot: two would show differences that are none. By-month pruning does not help here.
 with l as (
