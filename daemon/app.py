@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -26,6 +27,7 @@ from daemon import __version__, orchestrate
 from daemon.config import Settings
 from daemon.db import embedded, migrate, streams, ticks
 from daemon.db.connections import ConnectionStore, NewConnection, Rotation
+from daemon.db.figures import Figures, SourceFact
 from daemon.db.insights import Check, Gap, Insights, Question, Report, SpendLine, Status, UsageLine
 from daemon.db.pool import Database
 from daemon.db.secrets import (
@@ -47,6 +49,7 @@ from daemon.domain.window import EPOCH
 from daemon.pollers.registry import Pollers, load_pollers
 from daemon.queue.maintenance import DeadDetail, DeadLetter, QueueMaintenance, QueueStats
 from daemon.queue.postgres import PostgresQueue
+from daemon.queue.qstash import PUBLISH, Publisher, QStashSettings
 from daemon.records.price import Pricer
 from daemon.sinks.ledger import LedgerSink
 from daemon.worker.caller import RetrySettings
@@ -54,7 +57,7 @@ from daemon.worker.governor import Governor, GovernorSettings
 from daemon.worker.ladder import Mode
 from daemon.worker.local import LocalWorker
 from daemon.worker.loop import WorkerLoop
-from daemon.worker.poll import BUDGET_RATIO, POLL, PollDeps, PollOrder, PollSettings, grains_of
+from daemon.worker.poll import BUDGET_RATIO, POLL, POLL_ONE, PollDeps, PollOrder, PollSettings, grains_of, run_poll
 from daemon.worker.run import run_job
 from daemon.worker.seqs import SeqSource
 
@@ -142,6 +145,21 @@ class App:
     def poll_deps(self) -> PollDeps:
         """What poll jobs work with in this process."""
         return poll_deps(self.settings, self.db, self.jobs, self.keyring, self.pollers, self.http)
+
+    @cached_property
+    def publisher(self) -> Publisher:
+        return Publisher(self.db, self.jobs.waker, qstash_settings(self.settings))
+
+    @cached_property
+    def figures(self) -> Figures:
+        """What `/metrics` tells of the database."""
+        facts = [
+            SourceFact(name, source.name, source.kind == "cost", source.ladder.daily)
+            for name, poller in self.pollers.items()
+            for source in poller.sources.values()
+            if not source.is_level
+        ]
+        return Figures(self.db, facts, by_tenant=self.settings.metrics_by_tenant)
 
     async def aclose(self) -> None:
         """Close what was made on demand."""
@@ -302,7 +320,10 @@ class App:
 
     async def run_job(self, job: Job) -> Outcome:
         """The one worker function, with this process's parts."""
-        return await run_job(job, self.poll_deps)
+        return await run_job(job, {POLL: self._poll, POLL_ONE: self._poll, PUBLISH: self.publisher.run})
+
+    async def _poll(self, job: Job) -> Outcome:
+        return await run_poll(job, self.poll_deps)
 
     def worker_loop(self) -> WorkerLoop:
         """A claim loop of this process."""
@@ -311,7 +332,7 @@ class App:
             self.run_job,
             concurrency=self.settings.concurrency,
             drain_s=self.settings.drain_s,
-            info=f"tallyd {__version__} pid {os.getpid()}",
+            info=f"tallyd {__version__} {self.settings.role} on {platform.node()} pid {os.getpid()}",
         )
 
     async def backfill(
@@ -439,8 +460,19 @@ def poll_deps(
 
 def tick_settings(settings: Settings) -> orchestrate.TickSettings:
     return orchestrate.TickSettings(
-        settings.tick_seconds, settings.batch_size, batch_timeout_s=settings.batch_budget_s / BUDGET_RATIO
+        settings.tick_seconds,
+        settings.batch_size,
+        batch_timeout_s=settings.batch_budget_s / BUDGET_RATIO,
+        complete_s=settings.tick_complete_s,
+        hand_over_s=settings.qstash_handover_s,
     )
+
+
+def qstash_settings(settings: Settings) -> QStashSettings | None:
+    """How to reach QStash; None where it is not configured that far."""
+    if settings.qstash_token is None or settings.public_url is None:
+        return None
+    return QStashSettings(settings.qstash_token, settings.public_url, settings.qstash_url, settings.qstash_retries)
 
 
 def days(count: int | None) -> timedelta | None:

@@ -1,8 +1,8 @@
 # ruff: noqa: RUF009 -- every default is made by `_setting`, which returns a dataclass field
 """Settings: read once, checked whole, frozen.
 
-Order: flag, environment (`TALLYD_...`), TOML file, default. A secret may also stand in a file that `TALLYD_..._FILE`
-names, or be a systemd credential of the setting's name. Parsed by hand: pydantic-settings takes 0.35 s to import, more
+Order: flag, environment (`TALLYD_...`), TOML file, default. QStash's own variables keep QStash's names. A secret may also
+stand in a file that `..._FILE` names, or be a systemd credential of the setting's name. Parsed by hand: pydantic-settings takes 0.35 s to import, more
 than a whole `tallyd --help`, and knows neither origins nor fixes.
 """
 
@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
+from urllib.parse import urlsplit
 
+from daemon.domain.address import Address, is_private, parse_address
 from daemon.domain.connection import Secret
 from daemon.domain.errors import ConfigError
 
@@ -25,6 +27,8 @@ PREFIX = "TALLYD_"
 TOML_PATHS = (Path("tallyd.toml"), Path("/etc/tallyd/tallyd.toml"))
 NOT_SETTINGS = ("CONFIG",)
 FOREIGN_PREFIXES = ("TEST_", "BENCH_")  # ours too, but of the test suite and the benchmarks
+REGIONS = ("eu_central_1", "us_east_1")
+"""QStash's regions, each with a pair of signing keys of its own."""
 
 Parse = Callable[[object], object]
 
@@ -121,15 +125,51 @@ def _one_of(*choices: str) -> Parse:
     return parse
 
 
-def _trigger(value: object) -> str:
-    text = _one_of("internal", "qstash", "both")(value)
-    if text != "internal":
-        raise ValueError(f"is {text!r}, which this version cannot serve yet; use internal")
-    return text
+def _ratio(value: object) -> float:
+    try:
+        number = float("nan") if isinstance(value, bool) else float(str(value).strip())
+    except ValueError:
+        number = float("nan")
+    if not 0 <= number <= 1:
+        raise ValueError(f"is {value!r}; give a ratio from 0 to 1")
+    return number
 
 
-def _setting(default: object, parse: Parse, doc: str, *, is_secret: bool = False) -> Any:
-    return field(default=cast("Any", default), metadata={"parse": parse, "doc": doc, "is_secret": is_secret})
+def _address(value: object) -> Address | None:
+    text = _text(value)
+    if text.lower() == "none":
+        return None
+    try:
+        return parse_address(text)
+    except ValueError:
+        raise ValueError(f"is {text!r}; write HOST:PORT such as 127.0.0.1:8080 or [::1]:8080, or none") from None
+
+
+def _url(value: object) -> str:
+    text = _text(value)
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+        raise ValueError(f"is {text!r}; write it as https://tallyd.example, without query or user")
+    return text.rstrip("/")
+
+
+def _secret(value: object) -> Secret:
+    return Secret(_text(value))
+
+
+def _cron(value: object) -> str:
+    from daemon.queue.cron import check_cron  # noqa: PLC0415 -- pulls in the time zones
+
+    return check_cron(_text(value))
+
+
+def _setting(default: object, parse: Parse, doc: str, *, is_secret: bool = False, env: str | None = None) -> Any:
+    metadata = {"parse": parse, "doc": doc, "is_secret": is_secret, "env": env}
+    return field(default=cast("Any", default), metadata=metadata)
+
+
+def _signing_key(env: str, doc: str) -> Any:
+    return _setting(None, _secret, doc, is_secret=True, env=env)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +192,55 @@ class Settings:
         100, _whole(0, 10_000), "prepared statements per connection; 0 behind PgBouncer in transaction mode"
     )
 
-    trigger: Literal["internal"] = _setting("internal", _trigger, "what starts ticks: internal, qstash or both")
+    role: Literal["all", "worker", "listener"] = _setting(
+        "all", _one_of("all", "worker", "listener"), "what this process does: everything, all but /api, or only HTTP"
+    )
+    listen: Address | None = _setting(Address("127.0.0.1", 8080), _address, "HOST:PORT of the HTTP listener, or none")
+    listen_private: Address | None = _setting(
+        None, _address, "a second HOST:PORT that alone has /healthz, /readyz and /metrics"
+    )
+    public_url: str | None = _setting(None, _url, "where the listener is reached from outside; what QStash signs")
+    metrics_token: Secret | None = _setting(
+        None, _secret, "bearer token of /metrics; needed where the listener is not on loopback", is_secret=True
+    )
+    metrics_by_tenant: bool = _setting(False, _flag, "label spend, tokens and polls in /metrics with the tenant")
+
+    trigger: Literal["internal", "qstash", "both"] = _setting(
+        "internal", _one_of("internal", "qstash", "both"), "what starts ticks: internal, qstash or both"
+    )
     tick_seconds: int = _setting(300, _whole(1, 86_400), "seconds from one tick to the next; divides a day")
+    tick_complete_s: float = _setting(300.0, _seconds(1, 86_400), "seconds after which a tick's batches should be done")
+    tick_complete_ratio: float = _setting(0.95, _ratio, "share of them below which the tick counts as incomplete")
+    fallback_grace_s: float = _setting(
+        30.0, _seconds(0, 3_600), "seconds that trigger both waits for QStash before it makes a slot's tick itself"
+    )
+    qstash_url: str | None = _setting(None, _url, "QStash's API; unset means its EU region", env="QSTASH_URL")
+    qstash_token: Secret | None = _setting(
+        None, _secret, "lets ticks of QStash hand their batches over to it", is_secret=True, env="QSTASH_TOKEN"
+    )
+    qstash_current_signing_key: Secret | None = _signing_key(
+        "QSTASH_CURRENT_SIGNING_KEY", "verifies deliveries; with the next one"
+    )
+    qstash_next_signing_key: Secret | None = _signing_key(
+        "QSTASH_NEXT_SIGNING_KEY", "verifies deliveries after a rotation"
+    )
+    eu_central_1_qstash_current_signing_key: Secret | None = _signing_key(
+        "EU_CENTRAL_1_QSTASH_CURRENT_SIGNING_KEY", "the same, for deliveries from QStash's EU region alone"
+    )
+    eu_central_1_qstash_next_signing_key: Secret | None = _signing_key(
+        "EU_CENTRAL_1_QSTASH_NEXT_SIGNING_KEY", "the same, after a rotation there"
+    )
+    us_east_1_qstash_current_signing_key: Secret | None = _signing_key(
+        "US_EAST_1_QSTASH_CURRENT_SIGNING_KEY", "the same, for deliveries from QStash's US region alone"
+    )
+    us_east_1_qstash_next_signing_key: Secret | None = _signing_key(
+        "US_EAST_1_QSTASH_NEXT_SIGNING_KEY", "the same, after a rotation there"
+    )
+    qstash_cron: str | None = _setting(None, _cron, "cron of the schedule in QStash; unset follows tick_seconds")
+    qstash_retries: int = _setting(3, _whole(0, 20), "tries of QStash after the first one fails")
+    qstash_handover_s: float = _setting(
+        30.0, _seconds(1, 3_600), "seconds that a batch handed over to QStash waits before it runs without"
+    )
     batch_size: int = _setting(100, _whole(1, 1_000), "connections in one poll batch")
     concurrency: int = _setting(4, _whole(1, 256), "jobs that one process runs at once")
     batch_budget_s: float = _setting(240.0, _seconds(1, 3_600), "seconds after which a batch hands on its rest")
@@ -173,6 +260,9 @@ class Settings:
     )
     allow_insecure: bool = _setting(False, _flag, "allow http:// base URLs beyond this machine")
 
+    traces: Literal["off", "otlp"] = _setting(
+        "off", _one_of("off", "otlp"), "OpenTelemetry traces (extra otel); OTEL_EXPORTER_OTLP_ENDPOINT says where to"
+    )
     retention_attempts_days: int | None = _setting(30, _days, "days to keep the attempts log, or none")
     retention_ticks_days: int | None = _setting(90, _days, "days to keep ticks, or none")
     retention_summaries_days: int | None = _setting(400, _days, "days to keep batch summaries, or none")
@@ -189,6 +279,17 @@ class Settings:
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
+    def signing_keys(self) -> dict[str, tuple[Secret, Secret]]:
+        """(current, next) by region; "" for deliveries of any."""
+        found: dict[str, tuple[Secret, Secret]] = {}
+        for region in ("", *REGIONS):
+            prefix = f"{region}_" if region else ""
+            pair = [getattr(self, f"{prefix}qstash_{which}_signing_key") for which in ("current", "next")]
+            if None not in pair:
+                found[region] = (pair[0], pair[1])
+        return found
+
+    @property
     def key_file(self) -> Path:
         """Where the generated key of an embedded installation is kept."""
         return self.data_dir / "secret.key"
@@ -197,7 +298,7 @@ class Settings:
         """(name, value as JSON with secrets masked, origin) of each setting."""
         for spec in _specs().values():
             value = getattr(self, spec.name)
-            shown = "***" if isinstance(value, Secret) else str(value) if isinstance(value, Path) else value
+            shown = "***" if isinstance(value, Secret) else str(value) if isinstance(value, Path | Address) else value
             yield spec.name, shown, self.origins.get(spec.name, "default")
 
 
@@ -209,6 +310,11 @@ def described() -> Iterator[tuple[str, object, str]]:
     """(name, default, meaning) of each setting, for the reference documentation."""
     for spec in _specs().values():
         yield spec.name, spec.default, spec.metadata["doc"]
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a setting."""
+    return str(_specs()[name].metadata["env"] or PREFIX + name.upper())
 
 
 @dataclass(slots=True)
@@ -271,22 +377,25 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _read_env(env: Mapping[str, str], found: _Found) -> None:
     specs = _specs()
-    known = [PREFIX + name.upper() for name in specs]
-    for variable in sorted(env):
-        if not variable.startswith(PREFIX):
-            continue
-        rest = variable.removeprefix(PREFIX)
-        name = rest.lower()
-        of_file = name.removesuffix("_file")
-        if name in specs and rest.isupper():
+    variables = {variable_of(name): name for name in specs}
+    for variable, name in variables.items():
+        is_foreign = not variable.startswith(PREFIX)
+        # Others' variables may be there for others, and empty for nobody.
+        if variable in env and (env[variable] or not is_foreign):
             found.offer(name, env[variable], f"env {variable}")
-        elif name.endswith("_file") and of_file in specs and specs[of_file].metadata["is_secret"]:
-            if PREFIX + of_file.upper() in env:
-                found.problems.append(f"{of_file}: {variable} and {PREFIX}{of_file.upper()} are both set; keep one")
+        if specs[name].metadata["is_secret"] and (secret_path := env.get(f"{variable}_FILE")):
+            if env.get(variable):
+                found.problems.append(f"{name}: {variable}_FILE and {variable} are both set; keep one")
             else:
-                _read_secret_file(of_file, Path(env[variable]), f"env {variable}", found)
-        elif rest not in NOT_SETTINGS and not rest.startswith(FOREIGN_PREFIXES):
-            found.problems.append(f"{variable}: unknown variable{_nearest(variable, known)}")
+                _read_secret_file(name, Path(secret_path), f"env {variable}_FILE", found)
+    for variable in sorted(env):
+        rest = variable.removeprefix(PREFIX)
+        of_file = variables.get(variable.removesuffix("_FILE"), "")
+        is_known = variable in variables or (of_file and specs[of_file].metadata["is_secret"])
+        if not variable.startswith(PREFIX) or is_known or rest in NOT_SETTINGS or rest.startswith(FOREIGN_PREFIXES):
+            continue
+        hint = f"; its name is {rest}" if rest in variables else _nearest(variable, list(variables))
+        found.problems.append(f"{variable}: unknown variable{hint}")
     if env.get("CREDENTIALS_DIRECTORY"):
         for name, spec in specs.items():
             path = Path(env["CREDENTIALS_DIRECTORY"]) / name
@@ -335,8 +444,59 @@ def _check_together(values: Mapping[str, Any], found: _Found) -> None:
     pool_min, pool_max = values.get("database_pool_min", 1), values.get("database_pool_max", 10)
     if pool_min > pool_max:
         found.problems.append(f"database_pool_min: {pool_min} is above database_pool_max {pool_max}; lower it")
+    _check_service(values, found)
     if "database_url" in values and "secret_key" not in found.raw:
         found.problems.append(
             "secret_key: not set, and a database of your own needs one; "
             "make one with `tallyd config new-key` and set TALLYD_SECRET_KEY or TALLYD_SECRET_KEY_FILE"
         )
+
+
+def _check_service(values: Mapping[str, Any], found: _Found) -> None:
+    """Listener and QStash: half a configuration is worse than none, since it fails where nobody looks."""
+
+    def has(name: str) -> bool:
+        return name in found.raw
+
+    problems = found.problems
+    pairs = 0
+    for prefix in ("", *(f"{region}_" for region in REGIONS)):
+        names = [f"{prefix}qstash_{which}_signing_key" for which in ("current", "next")]
+        given = [name for name in names if has(name)]
+        pairs += len(given) == len(names)
+        if len(given) == 1:
+            missing = next(name for name in names if name not in given)
+            problems.append(f"{missing}: not set, but {variable_of(given[0])} is; set {variable_of(missing)} too")
+    trigger = values.get("trigger", "internal")
+    public_url, url = values.get("public_url"), values.get("qstash_url")
+    if trigger != "internal":
+        if not pairs:
+            problems.append(
+                f"qstash_current_signing_key: not set, and trigger {trigger} needs it to verify deliveries; "
+                "set QSTASH_CURRENT_SIGNING_KEY and QSTASH_NEXT_SIGNING_KEY"
+            )
+        if not has("public_url"):
+            problems.append(
+                f"public_url: not set, and trigger {trigger} needs it, since QStash signs it; "
+                "set TALLYD_PUBLIC_URL to where QStash reaches this service, such as https://tallyd.example"
+            )
+        elif public_url and (url is None or (urlsplit(url).hostname or "").endswith(".upstash.io")):
+            parts = urlsplit(public_url)
+            if parts.scheme != "https" or is_private(parts.hostname or ""):
+                problems.append(
+                    f"public_url: {public_url} cannot be reached by QStash's cloud, which delivers to public https:// "
+                    "addresses only; give one, or set QSTASH_URL to a local server"
+                )
+        if has("listen") and "listen" in values and values["listen"] is None and values.get("role", "all") != "worker":
+            problems.append(f"listen: none, but trigger {trigger} needs a listener; set HOST:PORT, or role worker")
+    grace_s, tick_s = values.get("fallback_grace_s", 30.0), values.get("tick_seconds", 300)
+    if trigger == "both" and grace_s >= tick_s:
+        problems.append(
+            f"fallback_grace_s: {grace_s:g} is not shorter than a tick of {tick_s} s, so it would always come too late; "
+            "lower it"
+        )
+    listen, private = values.get("listen", Address("127.0.0.1", 8080)), values.get("listen_private")
+    if listen is not None and private == listen and listen.port:
+        problems.append(f"listen_private: is {private}, as listen is; give it a port of its own, or leave it out")
+    if values.get("role") == "listener" and listen is None:
+        problems.append("listen: none, but role listener does nothing else; set HOST:PORT")

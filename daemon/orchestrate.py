@@ -14,13 +14,16 @@ from typing import NamedTuple
 
 import structlog
 
-from daemon.db import ticks
+from daemon.db import handovers, ticks
 from daemon.db.pool import Database
 from daemon.domain.connection import ConnectionId
 from daemon.domain.errors import UsageError
 from daemon.domain.job import Job, NewJob, WorkerId
 from daemon.domain.window import EPOCH, floor_to, rfc3339
 from daemon.queue.postgres import PostgresQueue
+from daemon.queue.qstash import publish_jobs
+from daemon.telemetry import metrics
+from daemon.telemetry.traces import span
 from daemon.worker.poll import POLL, POLL_ATTEMPTS_MAX, PollOrder
 
 log = structlog.get_logger()
@@ -38,11 +41,36 @@ class TickSettings:
         tick_s: length of a slot; slots start at multiples of it since the Unix epoch, by the database's clock.
         batch_size: connections a job.
         batch_timeout_s: how long a batch may run.
+        complete_s: how long after the tick its batches ought to be done.
+        hand_over_s: how long batches that are handed over to QStash wait for it.
     """
 
     tick_s: int = 300
     batch_size: int = 100
     batch_timeout_s: float = 300.0
+    complete_s: float = 300.0
+    hand_over_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Occasion:
+    """What asks for a tick.
+
+    Attributes:
+        message_id: of the delivery. A message makes one tick at the most, however often it is delivered.
+        request_id: goes with the tick, its batches and what they book, so that each can be traced back.
+        hands_over: QStash is to trigger the batches; they run without it after `TickSettings.hand_over_s`.
+        grace_s: only makes the tick when its slot is at least that old.
+    """
+
+    via: ticks.Via = "command"
+    message_id: str | None = None
+    request_id: str | None = None
+    hands_over: bool = False
+    grace_s: float = 0.0
+
+
+BY_COMMAND = Occasion()
 
 
 class DueConnection(NamedTuple):
@@ -107,6 +135,7 @@ async def tick(
     settings: TickSettings,
     slot: datetime | None = None,
     worker: WorkerId | None = None,
+    occasion: Occasion = BY_COMMAND,
 ) -> Tick:
     """Make the tick of the current slot, or find that it is made.
 
@@ -125,20 +154,55 @@ async def tick(
         raise UsageError("slot", f"{rfc3339(wanted)} is no start of a {settings.tick_s} s slot", f"use {grid}")
     if wanted > current:
         raise UsageError("slot", f"{rfc3339(wanted)} is in the future; the database says {rfc3339(now)}")
-    if wanted < current:
+    if wanted < current or now - current < timedelta(seconds=occasion.grace_s):
         return Tick(wanted, created=False)
+    if occasion.message_id is None and await ticks.exists(db, current):  # most looks end here, and write nothing
+        return Tick(current, created=False)
+    with span("tick", tallyd__slot=rfc3339(current), tallyd__via=occasion.via) as trace:
+        made = await _make(db, queue, settings, current, worker, occasion, trace.traceparent)
+        trace.set(tallyd__tick__created=made.created, tallyd__tick__batches=made.batches)
+    if made.created:
+        metrics.TICKS.labels(occasion.via).inc()
+        level = log.warning if occasion.via == "fallback" else log.info
+        level(
+            "tick.created",
+            slot=current,
+            connections=made.connections,
+            batches=made.batches,
+            via=occasion.via,
+            request_id=occasion.request_id,
+        )
+    return made
+
+
+async def _make(
+    db: Database,
+    queue: PostgresQueue,
+    settings: TickSettings,
+    slot: datetime,
+    worker: WorkerId | None,
+    occasion: Occasion,
+    trace: str | None,
+) -> Tick:
+    """One transaction: the delivery's mark, the tick, the batches with what hands them over, and the next due times."""
+    complete = timedelta(seconds=settings.complete_s)
     async with db.transaction() as tx:
-        if not await ticks.claim(tx, current):
-            return Tick(current, created=False)
+        if occasion.message_id is not None:
+            earlier = await ticks.take_delivery(tx, occasion.message_id, slot)
+            if earlier is not None:
+                return Tick(earlier, created=False)
+        if not await ticks.claim(tx, slot, occasion.via, occasion.request_id, complete):
+            return Tick(slot, created=False)
         due = [
-            DueConnection(*row) for row in await ticks.due_connections(tx, current + timedelta(seconds=settings.tick_s))
+            DueConnection(*row) for row in await ticks.due_connections(tx, slot + timedelta(seconds=settings.tick_s))
         ]
-        planned = plan(current, due, settings)
+        planned = plan(slot, due, settings)
         jobs = [
             NewJob(
                 POLL,
-                PollOrder([*batch], slot=current).encode(),
+                PollOrder([*batch], slot=slot, request_id=occasion.request_id, trace=trace).encode(),
                 prio=50,
+                delay=timedelta(seconds=settings.hand_over_s if occasion.hands_over else 0.0),
                 max_attempts=POLL_ATTEMPTS_MAX,
                 timeout_s=settings.batch_timeout_s,
             )
@@ -150,9 +214,10 @@ async def tick(
         else:
             leased = await queue.enqueue_leased(jobs, worker, tx)
             ids = [job.id for job in leased]
+        if occasion.hands_over and ids:
+            await handovers.hand_over(tx, ids, slot)
+            await queue.enqueue(publish_jobs(slot, ids, settings.hand_over_s, occasion.request_id, trace), tx)
         owners = [id_ for id_, batch in zip(ids, planned.batches, strict=True) for _ in batch]
         await ticks.advance(tx, [item.id for item in due], planned.next_due, owners)
-        await ticks.finish(tx, current, len(due), len(ids))
-    made = Tick(current, created=True, connections=len(due), batches=len(ids), leased=tuple(leased))
-    log.info("tick.created", slot=current, connections=made.connections, batches=made.batches)
-    return made
+        await ticks.finish(tx, slot, len(due), len(ids))
+    return Tick(slot, created=True, connections=len(due), batches=len(ids), leased=tuple(leased))

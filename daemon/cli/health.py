@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     app.command()(status)
     app.command()(doctor)
+    app.command()(healthcheck)
 
 
 def status(json: Json = False) -> None:
@@ -91,4 +92,45 @@ def doctor(
         rows = [["ok" if c.is_ok else "FAILED", c.name, c.detail, None if c.is_ok else c.fix] for c in checks]
         print_table(("", "check", "found", "fix"), rows, empty="")
     if not all(check.is_ok for check in checks):
+        raise typer.Exit(1)
+
+
+def healthcheck(
+    ready: Annotated[bool, typer.Option("--ready", help="Ask whether it can work, not only whether it lives.")] = False,
+    url: Annotated[str | None, typer.Option(help="Ask there, not where the settings say that it listens.")] = None,
+    json: Json = False,
+) -> None:
+    """Ask the daemon of this machine how it is; exit 0 if well, 1 if not."""
+    import http.client
+    from urllib.parse import urlsplit
+
+    from daemon.domain.errors import ConfigError, UpstreamUnavailableError, UsageError
+
+    if url is None:
+        chosen = settings()
+        address = chosen.listen_private or chosen.listen
+        if address is None:
+            raise ConfigError(["listen: none, so there is nobody to ask; give --url"])
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 - asked, not bound
+        port: int | None = address.port
+    else:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise UsageError("--url", f"{url!r} is no http:// address", "write it as http://127.0.0.1:8080")
+        host, port = parts.hostname, parts.port
+    path = "/readyz" if ready else "/healthz"
+    connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        status, body = answer.status, answer.read(65_536).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException) as error:
+        raise UpstreamUnavailableError(f"nobody answers at {host}:{port}{path}: {error}") from error
+    finally:
+        connection.close()
+    if json:
+        print_json({"status": status, "body": body})
+    else:
+        print(body)
+    if status != 200:
         raise typer.Exit(1)

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from daemon import __version__
-from daemon.cli import config, connections, database, dlq, health, queue, reports, service, tenants, work
+from daemon.cli import config, connections, database, dlq, health, qstash, queue, reports, service, tenants, work
 from daemon.cli.printing import print_error
 from daemon.cli.session import CONFIG_FILE, FLAGS
 from daemon.domain.errors import ConfigError, DaemonError, ImportRefusedError, UsageError
@@ -59,6 +59,7 @@ for group, name in (
     (database.app, "db"),
     (dlq.app, "dlq"),
     (queue.app, "queue"),
+    (qstash.app, "qstash"),
     (config.app, "config"),
 ):
     app.add_typer(group, name=name)

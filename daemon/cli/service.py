@@ -18,11 +18,15 @@ def register(app: typer.Typer) -> None:
     app.command()(simulate)
 
 
-def run() -> None:
+def run(
+    role: Annotated[
+        str | None, typer.Option(help="all, worker (all but the signed routes) or listener (HTTP alone).")
+    ] = None,
+) -> None:
     """Run the daemon until SIGTERM or SIGINT; a second signal forces it."""
     from daemon.service import run as serve
 
-    chosen = settings()
+    chosen = settings(role=role)
     set_up_logs(chosen, is_service=True)
     raise typer.Exit(serve(chosen))
 

@@ -18,9 +18,9 @@ FLAGS: ContextVar[dict[str, object]] = ContextVar("FLAGS")
 CONFIG_FILE: ContextVar[Path | None] = ContextVar("CONFIG_FILE", default=None)
 
 
-def settings() -> Settings:
-    """The settings of this call, checked."""
-    return load(FLAGS.get({}), toml_path=CONFIG_FILE.get())
+def settings(**flags: object) -> Settings:
+    """The settings of this call, checked; `flags` are those that only its command has."""
+    return load({**FLAGS.get({}), **flags}, toml_path=CONFIG_FILE.get())
 
 
 def set_up_logs(chosen: Settings, *, is_service: bool = False) -> None:

@@ -19,6 +19,7 @@ _TAKE_BUCKETS = query("take_buckets")
 _STORED_ROWS = query("stored_rows")
 _BOOK_ROWS = query("book_rows")
 _BOOK_VANISHED = query("book_vanished")
+_NOTE_BOOKINGS = query("note_bookings")
 _WRITE_BUCKETS = query("write_buckets")
 _SUM_PENDING = query("sum_pending_buckets")
 _END_STREAMS = query("end_streams")
@@ -218,6 +219,12 @@ async def book_vanished(tx: Executor, keys: Sequence[tuple[StreamId, datetime, b
         await tx.execute(_BOOK_VANISHED, *_columns(keys, 3))
 
 
+async def note_bookings(tx: Executor, seqs: Iterable[int], job: JobId) -> None:
+    """Note which job booked the revisions of these poll_seqs: the way from a line of the ledger back to its cause."""
+    if found := sorted(set(seqs)):
+        await tx.execute(_NOTE_BOOKINGS, found, job)
+
+
 async def write_buckets(tx: Executor, buckets: Sequence[BucketWrite]) -> None:
     """Store digests and totals; where rows are withheld, the totals are summed from what is stored."""
     if not buckets:
@@ -305,7 +312,9 @@ async def end_connections(tx: Executor, ends: Sequence[ConnectionEnd], job: JobI
     await tx.execute(_END_CONNECTIONS, *_columns(rows, 4), job)
 
 
-async def write_summary(tx: Executor, job: JobId, kind: str, slot: datetime | None, summary: Summary) -> None:
+async def write_summary(
+    tx: Executor, job: JobId, kind: str, slot: datetime | None, summary: Summary, request_id: str | None = None
+) -> None:
     """Store what a batch did; the last batch of a tick finishes it."""
     await tx.execute(_LOCK_TICK, slot)
     await tx.execute(
@@ -323,6 +332,7 @@ async def write_summary(tx: Executor, job: JobId, kind: str, slot: datetime | No
         summary.requests_saved,
         summary.rows,
         summary.duration_s,
+        request_id,
     )
 
 

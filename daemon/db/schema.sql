@@ -26,7 +26,14 @@ create table batch_summary (
   requests integer not null,
   requests_saved integer not null,
   rows integer not null,
-  duration_s double precision not null
+  duration_s double precision not null,
+  request_id text
+);
+
+create table booking (
+  poll_seq bigint not null,
+  job_id bigint not null,
+  booked_at timestamp with time zone default now() not null
 );
 
 create table bucket (
@@ -79,6 +86,12 @@ create table dedup (
   expires_at timestamp with time zone not null
 );
 
+create table delivery (
+  message_id text not null,
+  slot_at timestamp with time zone not null,
+  at timestamp with time zone default now() not null
+);
+
 create table due (
   run_at timestamp with time zone not null,
   key_id bigint not null,
@@ -96,6 +109,18 @@ create table grain_epoch (
   api text not null,
   width text not null,
   group_by text[] not null
+);
+
+create table handover (
+  job_id bigint not null,
+  slot_at timestamp with time zone not null,
+  place integer not null,
+  message_id text,
+  published_at timestamp with time zone,
+  released_at timestamp with time zone,
+  released_by text,
+  reported_at timestamp with time zone,
+  reported_status integer
 );
 
 create table job (
@@ -202,7 +227,11 @@ create table tick (
   created_at timestamp with time zone default now() not null,
   connections integer not null,
   batches integer not null,
-  finished_at timestamp with time zone
+  finished_at timestamp with time zone,
+  via text default 'internal'::text not null,
+  request_id text,
+  deadline_at timestamp with time zone,
+  done_in_time integer
 );
 
 create table usage_row (
@@ -238,6 +267,8 @@ create table worker (
 
 alter table batch_summary add constraint batch_summary_pkey PRIMARY KEY (job_id);
 
+alter table booking add constraint booking_pkey PRIMARY KEY (poll_seq);
+
 alter table bucket add constraint bucket_pkey PRIMARY KEY (stream_id, bucket_start);
 
 alter table connection add constraint connection_name_check CHECK ((name ~ '^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$'::text));
@@ -252,7 +283,13 @@ alter table dead add constraint dead_pkey PRIMARY KEY (id);
 
 alter table dedup add constraint dedup_pkey PRIMARY KEY (key);
 
+alter table delivery add constraint delivery_pkey PRIMARY KEY (message_id);
+
 alter table grain_epoch add constraint grain_epoch_pkey PRIMARY KEY (stream_id, start_at);
+
+alter table handover add constraint handover_pkey PRIMARY KEY (job_id);
+
+alter table handover add constraint handover_released_by_check CHECK ((released_by = ANY (ARRAY['delivery'::text, 'failure'::text, 'refusal'::text])));
 
 alter table job add constraint job_pkey PRIMARY KEY (id);
 
@@ -276,6 +313,8 @@ alter table tenant add constraint tenant_pkey PRIMARY KEY (id);
 
 alter table tick add constraint tick_pkey PRIMARY KEY (slot_at);
 
+alter table tick add constraint tick_via_check CHECK ((via = ANY (ARRAY['internal'::text, 'fallback'::text, 'qstash'::text, 'command'::text])));
+
 alter table usage_row add constraint usage_row_basis_check CHECK ((basis = ANY (ARRAY['provider'::text, 'local'::text])));
 
 alter table usage_row add constraint usage_row_pkey PRIMARY KEY (stream_id, bucket_start, row_key);
@@ -298,6 +337,10 @@ CREATE INDEX batch_summary_finished ON public.batch_summary USING btree (finishe
 
 CREATE INDEX batch_summary_slot ON public.batch_summary USING btree (slot_at);
 
+CREATE INDEX booking_at ON public.booking USING btree (booked_at);
+
+CREATE INDEX booking_job ON public.booking USING btree (job_id);
+
 CREATE INDEX bucket_pending ON public.bucket USING btree (stream_id, bucket_start) WHERE (pending_since IS NOT NULL);
 
 CREATE INDEX connection_due ON public.connection USING btree (next_due_at) WHERE ((state = 'active'::text) AND (open_job IS NULL));
@@ -310,9 +353,13 @@ CREATE INDEX dead_at ON public.dead USING btree (at);
 
 CREATE INDEX dedup_expires ON public.dedup USING btree (expires_at);
 
+CREATE INDEX delivery_at ON public.delivery USING btree (at);
+
 CREATE INDEX due_at ON public.due USING btree (run_at);
 
 CREATE INDEX due_id ON public.due USING btree (id);
+
+CREATE INDEX handover_slot ON public.handover USING btree (slot_at);
 
 CREATE INDEX ledger_booked ON public.ledger USING btree (booked_at);
 
@@ -323,6 +370,8 @@ CREATE INDEX ready_id ON public.ready USING btree (id);
 CREATE INDEX ready_key ON public.ready USING btree (key_id, prio, born, id);
 
 CREATE INDEX stream_open ON public.stream USING btree (open_job) WHERE (open_job IS NOT NULL);
+
+CREATE INDEX tick_unjudged ON public.tick USING btree (deadline_at) WHERE (done_in_time IS NULL);
 
 CREATE INDEX usage_row_unpriced ON public.usage_row USING btree (stream_id) WHERE (rate_version = 'unpriced'::text);
 

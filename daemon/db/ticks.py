@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import Literal, NamedTuple
 
 from daemon.db.pool import Executor, query
 from daemon.domain.connection import ConnectionId
 from daemon.domain.job import JobId, Summary
 
 _CLAIM = query("claim_tick")
+_TAKE_DELIVERY = query("take_delivery")
+_DELIVERY_SLOT = query("delivery_slot")
+_JUDGE = query("judge_ticks")
 _DUE = query("due_connections")
 _ADVANCE = query("advance_connections")
 _HAND_OVER = query("hand_over_connections")
@@ -21,11 +25,45 @@ _SUMMARIES = query("summaries_of")
 _JOBS = query("jobs_of_tick")
 _PRUNE_TICKS = query("prune_ticks")
 _PRUNE_SUMMARIES = query("prune_summaries")
+_PRUNE_DELIVERIES = query("prune_deliveries")
+_PRUNE_HANDOVERS = query("prune_handovers")
+_PRUNE_BOOKINGS = query("prune_bookings")
+
+PRUNE_ROUNDS_MAX = 1_000
+
+Via = Literal["internal", "fallback", "qstash", "command"]
+"""What made a tick: the schedule; the schedule in QStash's place; a delivery; a person."""
 
 
-async def claim(tx: Executor, slot: datetime) -> bool:
-    """Insert the tick of a slot. A race is decided by the unique key: the losers wait for the commit and get False."""
-    return await tx.fetchval(_CLAIM, slot) is not None
+class Judged(NamedTuple):
+    """A tick whose deadline has passed: batches expected, and done by then."""
+
+    slot: datetime
+    expected: int
+    done: int
+    deadline: datetime
+
+
+async def claim(tx: Executor, slot: datetime, via: Via, request_id: str | None, complete: timedelta) -> bool:
+    """Insert the tick of a slot, whose batches ought to be done within `complete`.
+
+    A race is decided by the unique key: the losers wait for the commit and get False.
+    """
+    return await tx.fetchval(_CLAIM, slot, via, request_id, complete) is not None
+
+
+async def take_delivery(tx: Executor, message_id: str, slot: datetime) -> datetime | None:
+    """Note that a message asked for the tick of `slot`. Returns the slot that an earlier copy of it asked for, if any."""
+    if await tx.fetchval(_TAKE_DELIVERY, message_id, slot) is not None:
+        return None
+    first: datetime = await tx.fetchval(_DELIVERY_SLOT, message_id)
+    return first
+
+
+async def judge(db: Executor) -> list[Judged]:
+    """Store of each tick whose deadline has passed how much of it was done by then; each tick is returned once."""
+    rows = await db.fetch(_JUDGE)
+    return [Judged(row["slot_at"], row["batches"], row["done_in_time"], row["deadline_at"]) for row in rows]
 
 
 async def due_connections(tx: Executor, slot_end: datetime) -> list[tuple[ConnectionId, datetime]]:
@@ -81,7 +119,16 @@ async def summary_of(db: Executor, jobs: Sequence[JobId]) -> tuple[int, Summary]
 
 async def prune(db: Executor, ticks_days: int | None, summaries_days: int | None) -> None:
     """Delete what is older than its retention; None keeps it for ever."""
+    await _prune(db, _PRUNE_DELIVERIES)
     if ticks_days is not None:
-        await db.execute(_PRUNE_TICKS, timedelta(days=ticks_days))
+        await _prune(db, _PRUNE_TICKS, timedelta(days=ticks_days))
+        await _prune(db, _PRUNE_HANDOVERS, timedelta(days=ticks_days))
     if summaries_days is not None:
-        await db.execute(_PRUNE_SUMMARIES, timedelta(days=summaries_days))
+        await _prune(db, _PRUNE_SUMMARIES, timedelta(days=summaries_days))
+        await _prune(db, _PRUNE_BOOKINGS, timedelta(days=summaries_days))
+
+
+async def _prune(db: Executor, sql: str, *args: object) -> None:
+    for _ in range(PRUNE_ROUNDS_MAX):
+        if await db.execute(sql, *args) == "DELETE 0":
+            return

@@ -184,7 +184,7 @@ class LedgerSink:
             fences = await store.lock_streams(tx, locked)
             effects = {stream: Effect() for stream in locked}
             if flush.pieces:
-                await self._write_pieces(tx, flush.pieces, fences, effects)
+                await self._write_pieces(tx, flush, fences, effects)
             await store.end_streams(tx, flush.ends)
             await store.park_streams(tx, flush.parked)
         await store.end_connections(tx, flush.connection_ends, flush.job)
@@ -195,13 +195,13 @@ class LedgerSink:
     async def _write_pieces(
         self,
         tx: Session,
-        pieces: Sequence[Piece],
+        flush: Flush,
         fences: Mapping[StreamId, store.StreamFence],
         effects: dict[StreamId, Effect],
     ) -> None:
         epochs = await store.epochs_of(tx, fences)
         asked: dict[store.BucketId, tuple[Piece, ReadyBucket]] = {}
-        for piece in pieces:
+        for piece in flush.pieces:
             fence = fences.get(piece.stream.id)
             owners = epochs.get(piece.stream.id, [])
             for bucket in piece.buckets:
@@ -218,6 +218,7 @@ class LedgerSink:
         stored = await store.stored_rows(tx, [key for key, grip in changed.items() if not grip.is_new])
         rows: list[store.BookRow] = []
         vanished: list[tuple[StreamId, datetime, bytes]] = []
+        booked: set[int] = set()
         writes: list[store.BucketWrite] = []
         for key, grip in changed.items():
             piece, bucket = asked[key]
@@ -234,6 +235,8 @@ class LedgerSink:
             rows += [store.BookRow(tenant, *key, row, store.NEW, piece.seq) for row in change.new]
             rows += [store.BookRow(tenant, *key, row, store.RESTATED, piece.seq) for row in change.restated]
             vanished += [(*key, gone) for gone in change.vanished]
+            if change.new or change.restated or change.vanished:
+                booked.add(piece.seq)
             pending = Pending(change.pending_since, frozenset(change.withheld)) if change.pending_since else None
             writes.append(store.BucketWrite(*key, change.digest, bucket.totals, pending))
         for stream, start in asked.keys() - taken.keys():
@@ -241,6 +244,7 @@ class LedgerSink:
             effects[stream] += Effect(refused=int(bool(bucket.rows)))
         await store.book_rows(tx, rows)
         await store.book_vanished(tx, vanished)
+        await store.note_bookings(tx, booked, flush.job)
         await store.write_buckets(tx, writes)
         await store.stamp_news(tx, [stream for stream, effect in effects.items() if effect.rows or effect.withheld])
 

@@ -8,7 +8,7 @@ died in its tick, or one that starts in the middle of a slot, never costs a tick
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import anyio
 import structlog
@@ -24,11 +24,12 @@ LOOK_S = 5
 """Looks for a missing slot this often at least; a slot that is shorter is looked for at each of its starts."""
 
 
-async def run_schedule(tick_s: int, make_tick: Callable[[], Awaitable[object]]) -> None:
+async def run_schedule(tick_s: int, make_tick: Callable[[], Awaitable[object]], offset_s: float = 0.0) -> None:
     """Ring until cancelled.
 
     Args:
         make_tick: makes the tick of the database's current slot, or finds it made.
+        offset_s: how long after the start of a slot to ring for it.
     """
     scheduler = AsyncIOScheduler(timezone=UTC)
     bell = anyio.Event()
@@ -37,7 +38,7 @@ async def run_schedule(tick_s: int, make_tick: Callable[[], Awaitable[object]]) 
         bell.set()
 
     options = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
-    grid = floor_to(datetime.now(UTC), tick_s)
+    grid = floor_to(datetime.now(UTC), tick_s) + timedelta(seconds=offset_s)
     scheduler.add_job(strike, IntervalTrigger(seconds=tick_s, start_date=grid, timezone=UTC), id="slot", **options)
     if tick_s > LOOK_S:
         scheduler.add_job(strike, IntervalTrigger(seconds=LOOK_S, start_date=EPOCH, timezone=UTC), id="look", **options)

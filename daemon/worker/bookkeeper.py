@@ -19,6 +19,8 @@ from daemon.domain.job import Cancelled, Completed, Job, NewJob, Outcome, Settle
 from daemon.queue.burial import bury, mourn
 from daemon.queue.postgres import PostgresQueue
 from daemon.sinks.ledger import Effect, Effects, Flush, LedgerSink, Piece, Step
+from daemon.telemetry import metrics
+from daemon.telemetry.traces import span
 
 FLUSH_ROWS = 5_000
 FLUSH_S = 2.0
@@ -65,11 +67,19 @@ class Bookkeeper:
     """Of one job: feed it with `run`, then `close` it once."""
 
     def __init__(
-        self, job: Job, slot: datetime | None, sink: LedgerSink, queue: PostgresQueue, *, takes_streams: bool = True
+        self,
+        job: Job,
+        slot: datetime | None,
+        sink: LedgerSink,
+        queue: PostgresQueue,
+        *,
+        takes_streams: bool = True,
+        request_id: str | None = None,
     ) -> None:
         self._takes_streams = takes_streams
         self._job = job
         self._slot = slot
+        self._request_id = request_id
         self._sink = sink
         self._queue = queue
         self._pieces: list[Piece] = []
@@ -111,7 +121,7 @@ class Bookkeeper:
             nonlocal summary
             summary = self._summarise(effects, seconds())
             await self._follow_up(tx, follow_up)
-            await ledger.write_summary(tx, self._job.id, self._job.kind, self._slot, summary)
+            await self._write_summary(tx, summary)
             await self._queue.settle_in(tx, Settlement(self._job, Completed(), int(summary.duration_s * 1000)))
 
         await self._flush(finish)
@@ -129,7 +139,7 @@ class Bookkeeper:
         async def finish(tx: Session, effects: Effects) -> None:
             nonlocal summary, bad
             summary = self._summarise(effects, seconds())
-            await ledger.write_summary(tx, self._job.id, self._job.kind, self._slot, summary)
+            await self._write_summary(tx, summary)
             bad = next((end for _, end in self._ends() if end.status in ("retry", "dead")), None)
             outcome: Outcome = Completed()
             if bad is not None:
@@ -147,6 +157,9 @@ class Bookkeeper:
         await self._flush(finish)
         return summary, bad
 
+    async def _write_summary(self, tx: Session, summary: Summary) -> None:
+        await ledger.write_summary(tx, self._job.id, self._job.kind, self._slot, summary, self._request_id)
+
     async def _flush(self, finish: Step | None = None) -> None:
         try:
             effects = await self._book(finish)
@@ -157,6 +170,7 @@ class Bookkeeper:
                 raise
             self._rejected |= culprits
             effects = await self._book(finish)
+        self._count(effects)
         self._effects = _merged(self._effects, effects)
         self._turns += self._open_turns
         self._open_turns, self._pieces = [], []
@@ -164,10 +178,27 @@ class Bookkeeper:
     async def _book(self, finish: Step | None) -> Effects:
         """Book, over a short absence of the database too: the fences make a repeated commit harmless."""
         flush = self._compose(finish)
-        async for attempt in stamina.retry_context(on=StorageUnavailableError, attempts=4, timeout=15.0):
-            with attempt:
-                return await self._sink.book(flush, self._lock_lease)
+        with span("flush", tallyd__pieces=len(flush.pieces)) as trace:
+            async for attempt in stamina.retry_context(on=StorageUnavailableError, attempts=4, timeout=15.0):
+                with attempt:
+                    effects = await self._sink.book(flush, self._lock_lease)
+                    trace.set(tallyd__rows=sum(effect.rows for effect in effects.values()))
+                    return effects
         raise AssertionError("unreachable")
+
+    def _count(self, effects: Effects) -> None:
+        """Tell the metrics what a committed flush did to the rows that were read."""
+        read: dict[StreamId, tuple[str, int]] = {}
+        for piece in self._pieces:
+            if piece.stream.id not in self._rejected:
+                _, rows = read.get(piece.stream.id, ("", 0))
+                read[piece.stream.id] = (piece.connection.provider, rows + piece.rows)
+        for stream, (provider, rows) in read.items():
+            effect = effects.get(stream, Effect())
+            revised = effect.restated + effect.vanished
+            metrics.ROWS.labels(provider, "inserted").inc(effect.new)
+            metrics.ROWS.labels(provider, "revised").inc(revised)
+            metrics.ROWS.labels(provider, "unchanged").inc(max(0, rows - effect.new - effect.restated))
 
     def _compose(self, finish: Step | None) -> Flush:
         flush = Flush(self._job.id, also=[finish] if finish else [])

@@ -11,8 +11,18 @@ from urllib.parse import urlsplit
 import stamina
 
 from daemon.domain.connection import Target
-from daemon.domain.errors import TransientError
+from daemon.domain.errors import (
+    BadRequestError,
+    CredentialError,
+    DaemonError,
+    ForbiddenError,
+    RateLimitedError,
+    TransientError,
+    UpstreamUnavailableError,
+)
 from daemon.domain.ports import Answer
+from daemon.telemetry import metrics
+from daemon.telemetry.traces import span
 from daemon.worker.governor import Governor
 
 
@@ -87,7 +97,19 @@ class CountingCaller:
     async def _try(self, path: str, params: Sequence[tuple[str, str]], headers: Mapping[str, str] | None) -> Answer:
         async with self._governor.request(self._host, self._org):
             self.requests += 1
-            answer = await self._http.get(self._target.base_url, path, params, headers)
+            began = monotonic()
+            code = "none"
+            with span("http.request", kind="client", server__address=self._host, http__request__method="GET") as trace:
+                try:
+                    answer = await self._http.get(self._target.base_url, path, params, headers)
+                    code = str(answer.status)
+                except DaemonError as error:
+                    code = _code(error)
+                    raise
+                finally:
+                    trace.set(http__response__status_code=int(code) if code.isdecimal() else None)
+                    metrics.PROVIDER_REQUESTS.labels(self._target.provider, code).inc()
+                    metrics.PROVIDER_SECONDS.labels(self._target.provider).observe(monotonic() - began)
         self.answers += 1
         return answer
 
@@ -97,3 +119,18 @@ class CountingCaller:
         if error.retry_after_s is None:
             return True
         return error.retry_after_s if error.retry_after_s <= self._settings.budget_s else False
+
+
+def _code(error: DaemonError) -> str:
+    """The status that was answered; `none` where there was no answer."""
+    match error:
+        case RateLimitedError():
+            return "429"
+        case CredentialError():
+            return "401"
+        case ForbiddenError():
+            return "403"
+        case BadRequestError(status=status) | UpstreamUnavailableError(status=int() as status):
+            return str(status)
+        case _:
+            return "none"

@@ -199,6 +199,16 @@ class WorkerLoop:
     def worker(self) -> WorkerId:
         return self._worker
 
+    @property
+    def running(self) -> int:
+        """Jobs that run here now."""
+        return len(self._running)
+
+    @property
+    def is_beating(self) -> bool:
+        """Registered, and not taken for lost by the others."""
+        return self._worker != 0 and not self._pulse.is_lost(self._clock())
+
     def stop(self) -> None:
         """Drain: claim nothing more, let running jobs end for `drain_s`, give the rest back."""
         self._is_stopping = True

@@ -40,6 +40,7 @@ from daemon.records.identity import Keyer, grain_id
 from daemon.records.normalize import Price, ready_buckets
 from daemon.records.restate import Witness
 from daemon.sinks.ledger import LedgerSink, Piece
+from daemon.telemetry.traces import span
 from daemon.worker.bookkeeper import Bookkeeper, SourceEnd, Turn
 from daemon.worker.caller import CountingCaller, Http, RetrySettings
 from daemon.worker.failures import as_one_error
@@ -66,10 +67,15 @@ log = structlog.get_logger()
 
 
 class PollOrder(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The body of a `poll` or `poll_one` job. A poll_seq never travels in it (law 4)."""
+    """The body of a `poll` or `poll_one` job. A poll_seq never travels in it (law 4).
+
+    `request_id` names the delivery that asked for the tick; `trace` is its W3C traceparent.
+    """
 
     connections: list[int]
     slot: datetime | None = None
+    request_id: str | None = None
+    trace: str | None = None
     mode: Mode = Mode.TICK
     source: str | None = None
     start: datetime | None = None
@@ -143,7 +149,9 @@ async def run_poll(job: Job, deps: PollDeps) -> Outcome:
     )
     deps.governor.learn(await pauses.load(deps.db))
     takes_streams = order.mode in (Mode.TICK, Mode.POLL)
-    keeper = Bookkeeper(job, order.slot, deps.sink, deps.queue, takes_streams=takes_streams)
+    keeper = Bookkeeper(
+        job, order.slot, deps.sink, deps.queue, takes_streams=takes_streams, request_id=order.request_id
+    )
     outbox, inbox = anyio.create_memory_object_stream[Piece | Turn](INBOX_ITEMS)
     places = anyio.CapacityLimiter(deps.settings.connections)
     deadline = anyio.current_time() + job.timeout_s * BUDGET_RATIO
@@ -189,7 +197,7 @@ async def _split(job: Job, order: PollOrder, deps: PollDeps) -> Outcome:
         await deps.queue.lock_lease(tx, job)
         heirs = await deps.queue.enqueue(alone, tx)
         await ticks.hand_over(tx, job.id, [ConnectionId(id_) for id_ in order.connections], heirs)
-        await ledger.write_summary(tx, job.id, job.kind, order.slot, Summary())
+        await ledger.write_summary(tx, job.id, job.kind, order.slot, Summary(), order.request_id)
         await deps.queue.settle_in(tx, Settlement(job, Completed(note="split after lost workers"), 0))
     log.warning("batch.split", connections=len(alone), losses=job.losses)
     return Completed(is_settled=True)
@@ -302,8 +310,15 @@ async def _take_source(context: _Context, stream: Stream, spec: SourceSpec) -> S
     one (it may be a third party's) must not cost the other 99 connections their turn.
     """
     reading = _Reading(context, stream, spec)
+    connection = context.connection
     try:
-        await reading.run()
+        with span(
+            "poll.source",
+            tallyd__provider=connection.provider,
+            tallyd__source=stream.source,
+            tallyd__connection__id=connection.id,
+        ):
+            await reading.run()
     except CredentialError:
         raise
     except ForbiddenError as error:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Mapping
+from time import monotonic
+
+import msgspec
 import structlog
 
 from daemon.domain.errors import DaemonError, LeaseLostError, StorageUnavailableError, TransientError
 from daemon.domain.job import Cancelled, Completed, Discarded, Job, Outcome, Retryable, Snoozed
-from daemon.worker.poll import POLL, POLL_ONE, PollDeps, run_poll
+from daemon.telemetry import metrics
+from daemon.telemetry.traces import span
 
 STORAGE_RETRY_S = 15.0
 CRASHES_MAX = 5
@@ -14,18 +19,48 @@ CRASHES_MAX = 5
 
 log = structlog.get_logger()
 
+Handler = Callable[[Job], Awaitable[Outcome]]
+"""What a kind of job does. It may raise: see `run_job`."""
 
-async def run_job(job: Job, deps: PollDeps) -> Outcome:
+
+class _Cause(msgspec.Struct):
+    """What a body may say, besides its own, of where the job comes from."""
+
+    request_id: str | None = None
+    trace: str | None = None
+
+
+async def run_job(job: Job, handlers: Mapping[str, Handler]) -> Outcome:
     """Run a job and say how it ended. Never raises but for cancellation.
 
     A `Completed(is_settled=True)` has been settled by its handler, or belongs to another replica by now: the loop
     writes nothing for it.
+
+    Args:
+        handlers: by kind. A kind that is not among them is left to a replica that knows it.
     """
-    began = deps.monotonic()
+    began = monotonic()
     outcome: Outcome = Cancelled("interrupted")
-    with structlog.contextvars.bound_contextvars(job_id=job.id, kind=job.kind, attempt=job.attempt):
+    cause = _cause(job)
+    bound: dict[str, object] = {"job_id": job.id, "kind": job.kind, "attempt": job.attempt}
+    if cause.request_id is not None:
+        bound["request_id"] = cause.request_id
+    with structlog.contextvars.bound_contextvars(**bound):
         try:
-            outcome = await _dispatch(job, deps)
+            handler = handlers.get(job.kind)
+            if handler is None:
+                # In a rolling upgrade an older replica may claim a newer one's work: another one will take it.
+                outcome = Retryable(f"no handler for kind {job.kind!r} in this version")
+            else:
+                with span(
+                    "job",
+                    parent=cause.trace,
+                    kind="consumer",
+                    tallyd__job__id=job.id,
+                    tallyd__job__kind=job.kind,
+                    tallyd__job__attempt=job.attempt,
+                ):
+                    outcome = await handler(job)
         except LeaseLostError:
             outcome = Completed(is_settled=True, note="lease lost")
         except StorageUnavailableError as error:
@@ -40,17 +75,19 @@ async def run_job(job: Job, deps: PollDeps) -> Outcome:
             reason = f"{type(error).__name__}: {error}"
             outcome = Retryable(reason) if job.attempt < CRASHES_MAX else Discarded(reason)
         finally:
-            _log_finished(outcome, deps.monotonic() - began)
+            duration_s = monotonic() - began
+            known = job.kind if job.kind in handlers else "unknown"
+            metrics.JOBS.labels(known, type(outcome).__name__.lower()).inc()
+            metrics.JOB_SECONDS.labels(known).observe(duration_s)
+            _log_finished(outcome, duration_s)
     return outcome
 
 
-async def _dispatch(job: Job, deps: PollDeps) -> Outcome:
-    match job.kind:
-        case str() as kind if kind in (POLL, POLL_ONE):
-            return await run_poll(job, deps)
-        case _:
-            # In a rolling upgrade an older replica may claim a newer one's work: another one will take it.
-            return Retryable(f"no handler for kind {job.kind!r} in this version")
+def _cause(job: Job) -> _Cause:
+    try:
+        return msgspec.json.decode(job.body, type=_Cause)
+    except msgspec.MsgspecError:
+        return _Cause()
 
 
 def _log_finished(outcome: Outcome, duration_s: float) -> None:

@@ -91,6 +91,7 @@ class Tallyd:
             "TALLYD_TICK_SECONDS": "2",
             "TALLYD_LOG_FORMAT": "json",
             "TALLYD_DRAIN_S": "10",
+            "TALLYD_LISTEN": "127.0.0.1:0",
         }
 
     async def __call__(self, *arguments: str, stdin: str | None = None, **environment: str) -> Result:

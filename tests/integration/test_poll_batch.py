@@ -18,7 +18,6 @@ from daemon.domain.window import rfc3339
 from daemon.worker.caller import Http
 from daemon.worker.ladder import Mode
 from daemon.worker.poll import POLL, POLL_ONE, PollOrder
-from daemon.worker.run import run_job
 from tests.books_kit import Books, midnight, open_books, simulator_here, with_deps
 from tests.ledger_kit import assert_laws
 
@@ -373,7 +372,7 @@ async def test_what_runs_out_of_time_goes_on_alone(books: Books) -> None:
     worker = await books.app.jobs.register_worker("test")
     order = PollOrder([*books.ids.values()], mode=Mode.POLL)
     (job,) = await books.app.jobs.enqueue_leased([NewJob(POLL, order.encode(), timeout_s=1.5)], worker)
-    assert await run_job(job, beside(books, Hanging()).app.poll_deps) == Completed(is_settled=True)
+    assert await beside(books, Hanging()).app.run_job(job) == Completed(is_settled=True)
     await books.assert_equal("well")
     assert await books.db.fetchval("select count(*) from due") > 0
     await books.run_queue()

@@ -114,6 +114,9 @@ update usage_row r set revision = g.revision + 1, is_tombstone = true, content_h
 from gone g
 where r.stream_id = g.stream_id and r.bucket_start = g.bucket_start and r.row_key = g.row_key
 
+-- name: note_bookings
+insert into booking (poll_seq, job_id) select unnest($1::bigint[]), $2 on conflict do nothing
+
 -- name: write_buckets
 update bucket b set digest = g.digest, hash_version = $13::smallint,
   totals = array[g.input_tokens, g.cache_read_tokens, g.cache_write_tokens, g.output_tokens, g.requests],
@@ -211,8 +214,8 @@ select 1 from tick where slot_at = $1 for update
 -- name: write_summary
 with s as (
   insert into batch_summary (job_id, slot_at, kind, connections, unchanged, stored, restated, retried, dead, requests,
-    requests_saved, rows, duration_s)
-  values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
+    requests_saved, rows, duration_s, request_id)
+  values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
   on conflict (job_id) do update set finished_at = now(), unchanged = excluded.unchanged, stored = excluded.stored,
     restated = excluded.restated, retried = excluded.retried, dead = excluded.dead, requests = excluded.requests,
     requests_saved = excluded.requests_saved, rows = excluded.rows, duration_s = excluded.duration_s

@@ -1,5 +1,13 @@
 -- name: claim_tick
-insert into tick (slot_at, connections, batches) values ($1, 0, 0) on conflict do nothing returning slot_at
+insert into tick (slot_at, connections, batches, via, request_id, deadline_at)
+values ($1, 0, 0, $2, $3, now() + $4::interval) on conflict do nothing returning slot_at
+
+-- name: take_delivery
+-- A second copy of a message waits here for the first one's commit, and then finds it.
+insert into delivery (message_id, slot_at) values ($1, $2) on conflict do nothing returning message_id
+
+-- name: delivery_slot
+select slot_at from delivery where message_id = $1
 
 -- name: due_connections
 select id, changed_at from connection
@@ -16,6 +24,57 @@ from unnest($2::bigint[], $3::bigint[]) as g(id, job) where c.id = g.id and c.op
 
 -- name: finish_tick
 update tick set connections = $2, batches = $3, finished_at = case when $3 = 0 then now() end where slot_at = $1
+
+-- name: judge_ticks
+-- Each tick once, by whichever replica comes first: how many of its batches were done by its deadline.
+with late as materialized (
+  select slot_at from tick where done_in_time is null and deadline_at <= now() order by slot_at limit 100
+  for update skip locked)
+update tick t set done_in_time = (
+  select count(*) from batch_summary b
+  where b.slot_at = t.slot_at and b.kind = 'poll' and b.finished_at <= t.deadline_at)
+from late where t.slot_at = late.slot_at
+returning t.slot_at, t.batches, t.done_in_time, t.deadline_at
+
+-- name: hand_over_batches
+insert into handover (job_id, slot_at, place) select id, $2, place from unnest($1::bigint[]) with ordinality as u(id, place)
+
+-- name: unpublished_batches
+select job_id, place from handover
+where job_id = any($1::bigint[]) and message_id is null and released_at is null order by place
+
+-- name: mark_published
+update handover h set message_id = u.message_id, published_at = now()
+from unnest($1::bigint[], $2::text[]) as u(job_id, message_id) where h.job_id = u.job_id
+
+-- name: release_batches
+-- Due to ready, once: a batch that runs, is done, or waits for another attempt is left alone.
+with h as (
+  update handover set released_at = now(), released_by = $2
+  where job_id in (select job_id from handover where job_id = any($1::bigint[]) order by job_id for update)
+    and released_at is null
+  returning job_id),
+x as (delete from due where id = any(array(select job_id from h)) and attempt = 0 returning *),
+r as (
+  insert into ready (key_id, prio, run_at, id, attempt, losses, token)
+  select key_id, prio, now(), id, attempt, losses, token from x)
+select id from x
+
+-- name: report_delivery
+update handover set reported_at = now(), reported_status = $3
+where job_id = $1 or message_id = $2 returning job_id
+
+-- name: prune_handovers
+delete from handover where job_id in (
+  select job_id from handover where slot_at < now() - $1::interval order by slot_at limit 1000)
+
+-- name: prune_deliveries
+delete from delivery where message_id in (
+  select message_id from delivery where at < now() - interval '3 days' order by at limit 1000)
+
+-- name: prune_bookings
+delete from booking where poll_seq in (
+  select poll_seq from booking where booked_at < now() - $1::interval order by booked_at limit 10000)
 
 -- name: has_tick
 select exists (select from tick where slot_at = $1)

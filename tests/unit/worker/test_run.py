@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import pytest
@@ -15,18 +14,9 @@ from daemon.domain.errors import (
     UpstreamUnavailableError,
 )
 from daemon.domain.job import Completed, Discarded, Job, JobId, Outcome, Retryable
-from daemon.worker import run
 from daemon.worker.run import CRASHES_MAX, STORAGE_RETRY_S, run_job
 
 pytestmark = pytest.mark.anyio
-
-
-@dataclass
-class Deps:
-    """All that a job needs which fails before it begins."""
-
-    def monotonic(self) -> float:
-        return 0.0
 
 
 def job(attempt: int = 1, kind: str = "poll") -> Job:
@@ -44,24 +34,20 @@ def job(attempt: int = 1, kind: str = "poll") -> Job:
         (KeyError("bug"), Retryable("KeyError: 'bug'")),
     ],
 )
-async def test_failure_becomes_the_outcome_that_fits(
-    error: Exception, outcome: Outcome, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def fail(_job: Job, _deps: object) -> Outcome:
+async def test_failure_becomes_the_outcome_that_fits(error: Exception, outcome: Outcome) -> None:
+    async def fail(_job: Job) -> Outcome:
         raise error
 
-    monkeypatch.setattr(run, "run_poll", fail)
-    assert await run_job(job(), Deps()) == outcome
+    assert await run_job(job(), {"poll": fail}) == outcome
 
 
-async def test_defect_of_ours_is_not_tried_for_as_long_as_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def crash(_job: Job, _deps: object) -> Outcome:
+async def test_defect_of_ours_is_not_tried_for_as_long_as_an_outage() -> None:
+    async def crash(_job: Job) -> Outcome:
         raise KeyError("bug")
 
-    monkeypatch.setattr(run, "run_poll", crash)
-    assert isinstance(await run_job(job(CRASHES_MAX), Deps()), Discarded)
+    assert isinstance(await run_job(job(CRASHES_MAX), {"poll": crash}), Discarded)
 
 
 async def test_unknown_kind_is_left_to_a_replica_that_knows_it() -> None:
     """An older replica may claim a newer one's job during a rolling upgrade."""
-    assert isinstance(await run_job(job(kind="deliver"), Deps()), Retryable)
+    assert isinstance(await run_job(job(kind="deliver"), {}), Retryable)

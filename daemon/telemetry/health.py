@@ -1,0 +1,50 @@
+"""Whether this process is ready for work, as `/readyz` and the service manager are told."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from time import monotonic
+
+import anyio
+
+from daemon.domain.errors import DaemonError
+
+CHECK_S = 2.0
+FRESH_S = 1.0
+
+Check = Callable[[], Awaitable[str | None]]
+"""What is wrong, in a sentence; None when all is well."""
+
+
+class Health:
+    """The checks by name. An answer holds for a second, so that asking often costs nothing."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self.is_draining = False
+        self._checks: dict[str, Check] = {}
+        self._clock = clock
+        self._lock = anyio.Lock()
+        self._found: dict[str, str | None] = {}
+        self._found_at = -FRESH_S
+
+    def add(self, name: str, check: Check) -> None:
+        self._checks[name] = check
+
+    async def problems(self) -> dict[str, str | None]:
+        """By check, what is wrong with it, or None. Never raises, and takes a few seconds at the most."""
+        async with self._lock:
+            if self._clock() - self._found_at >= FRESH_S:
+                self._found = {name: await _ask(check) for name, check in self._checks.items()}
+                self._found_at = self._clock()
+            drain = {"service": "it is draining"} if self.is_draining else {"service": None}
+            return drain | self._found
+
+
+async def _ask(check: Check) -> str | None:
+    try:
+        with anyio.fail_after(CHECK_S):
+            return await check()
+    except DaemonError as error:
+        return str(error)
+    except TimeoutError:
+        return f"no answer within {CHECK_S:g} s"

@@ -1,0 +1,1 @@
+"""The HTTP listener: parse, call, respond. No rules and no SQL live here."""
