@@ -30,7 +30,7 @@ from daemon.queue.wake import Waker
 from daemon.telemetry import metrics
 
 if TYPE_CHECKING:
-    from qstash import AsyncQStash  # noqa: PLC0415 - see above
+    from qstash import AsyncQStash
 
 PUBLISH = "publish"
 PUBLISH_MAX = 100
