@@ -28,7 +28,21 @@ from daemon.config import Settings
 from daemon.db import embedded, migrate, streams, ticks
 from daemon.db.connections import ConnectionStore, NewConnection, Rotation
 from daemon.db.figures import Figures, SourceFact
-from daemon.db.insights import Check, Gap, Insights, Question, Report, SpendLine, Status, UsageLine
+from daemon.db.insights import (
+    Activity,
+    Booking,
+    Check,
+    Gap,
+    Insights,
+    Question,
+    Report,
+    SpendLine,
+    Status,
+    Tick,
+    Trace,
+    TracedJob,
+    UsageLine,
+)
 from daemon.db.pool import Database
 from daemon.db.secrets import (
     Keyring,
@@ -75,8 +89,10 @@ log = structlog.get_logger()
 
 # The commands know this module alone; what they are handed has its names here.
 __all__ = [
+    "Activity",
     "App",
     "BackfillReport",
+    "Booking",
     "Check",
     "DatabaseStatus",
     "DeadDetail",
@@ -89,7 +105,10 @@ __all__ = [
     "Rotation",
     "SpendLine",
     "Status",
+    "Tick",
     "TickReport",
+    "Trace",
+    "TracedJob",
     "UsageLine",
     "database_status",
     "migrate_database",
@@ -165,6 +184,8 @@ class App:
         """Close what was made on demand."""
         if "http" in self.__dict__:
             await self.http.aclose()
+        if "publisher" in self.__dict__:
+            await self.publisher.aclose()
 
     def cost_sources(self) -> frozenset[tuple[str, str]]:
         """(provider, source) of every source that reports money itself."""

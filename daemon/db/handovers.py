@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Literal
 
 from daemon.db.pool import Executor, query
+from daemon.db.text import storable
 from daemon.domain.job import JobId
 
 _HAND_OVER = query("hand_over_batches")
@@ -30,7 +31,7 @@ async def unpublished(db: Executor, jobs: Sequence[JobId]) -> list[tuple[JobId, 
 
 async def mark_published(db: Executor, messages: Mapping[JobId, str]) -> None:
     """Note the ids under which QStash has accepted them."""
-    await db.execute(_MARK_PUBLISHED, list(messages), list(messages.values()))
+    await db.execute(_MARK_PUBLISHED, list(messages), [storable(message) for message in messages.values()])
 
 
 async def release(db: Executor, jobs: Sequence[JobId], by: ReleasedBy) -> set[JobId]:
@@ -44,5 +45,5 @@ async def release(db: Executor, jobs: Sequence[JobId], by: ReleasedBy) -> set[Jo
 
 async def report(db: Executor, job: JobId | None, message_id: str | None, status: int | None) -> JobId | None:
     """Record what a callback says of a delivery; None when it is about no batch of ours."""
-    found: int | None = await db.fetchval(_REPORT, job, message_id, status)
+    found: int | None = await db.fetchval(_REPORT, job, message_id and storable(message_id), status)
     return None if found is None else JobId(found)

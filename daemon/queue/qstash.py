@@ -10,7 +10,8 @@ The SDK takes a second to import, so it is imported when it is used.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from json import JSONDecodeError
@@ -99,11 +100,16 @@ def deduplication_id(slot: datetime, place: int) -> str:
     return f"poll-{slot.astimezone(UTC):%Y%m%dT%H%M%SZ}-{place}"
 
 
-def open_client(settings: QStashSettings) -> AsyncQStash:
+@asynccontextmanager
+async def open_client(settings: QStashSettings) -> AsyncIterator[AsyncQStash]:
     """A client without retries of its own: what fails here has a better place to go."""
     from qstash import AsyncQStash  # noqa: PLC0415 - see above
 
-    return AsyncQStash(settings.token.reveal(), retry=False, base_url=settings.url)
+    client = AsyncQStash(settings.token.reveal(), retry=False, base_url=settings.url)
+    try:
+        yield client
+    finally:
+        await client.http._client.aclose()  # noqa: SLF001 - the SDK offers no way to close its connections
 
 
 class Publisher:
@@ -114,6 +120,11 @@ class Publisher:
         self._waker = waker
         self._settings = settings
         self._client: AsyncQStash | None = None
+        self._stack = AsyncExitStack()
+
+    async def aclose(self) -> None:
+        """Close the connections to QStash."""
+        await self._stack.aclose()
 
     async def run(self, job: Job) -> Outcome:
         """Publish what is not published yet. Whatever QStash does not take runs here at once, and is never lost.
@@ -170,7 +181,7 @@ class Publisher:
         )
 
         if self._client is None:
-            self._client = open_client(settings)
+            self._client = await self._stack.enter_async_context(open_client(settings))
         base = settings.public_url
         try:
             with anyio.fail_after(CALL_S):

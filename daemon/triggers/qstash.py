@@ -11,7 +11,7 @@ import binascii
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from time import time
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -31,7 +31,7 @@ from daemon.queue.postgres import PostgresQueue
 from daemon.queue.qstash import FAILURE_PATH, QStashSettings, ask, open_client
 
 if TYPE_CHECKING:
-    from qstash import AsyncQStash, Receiver
+    from qstash import Receiver
 
 ORCHESTRATE_PATH = "/api/poll/orchestrate"
 SCHEDULE_ID = "tallyd-poll"
@@ -251,44 +251,44 @@ async def set_up_schedule(settings: QStashSettings, cron: str, now: datetime, ke
     Raises:
         PermanentError: QStash refuses, or signs with keys that are not ours.  UpstreamUnavailableError: no answer.
     """
-    client = open_client(settings)
-    theirs = await ask(client.signing_key.get())
-    if not any(theirs.current in pair for pair in keys):
-        raise PermanentError(
-            "QStash signs with keys that are not configured here; set QSTASH_CURRENT_SIGNING_KEY and "
-            "QSTASH_NEXT_SIGNING_KEY to those of its console"
-        )
-    known = {schedule.schedule_id for schedule in await ask(client.schedule.list())}
     destination = settings.public_url + ORCHESTRATE_PATH
-    await ask(
-        client.schedule.create(
-            destination=destination,
-            cron=cron,
-            body="{}",
-            content_type="application/json",
-            method="POST",
-            retries=settings.retries,
-            failure_callback=settings.public_url + FAILURE_PATH,
-            schedule_id=SCHEDULE_ID,
+    async with open_client(settings) as client:
+        theirs = await ask(client.signing_key.get())
+        if not any(theirs.current in pair for pair in keys):
+            raise PermanentError(
+                "QStash signs with keys that are not configured here; set QSTASH_CURRENT_SIGNING_KEY and "
+                "QSTASH_NEXT_SIGNING_KEY to those of its console"
+            )
+        known = {schedule.schedule_id for schedule in await ask(client.schedule.list())}
+        await ask(
+            client.schedule.create(
+                destination=destination,
+                cron=cron,
+                body="{}",
+                content_type="application/json",
+                method="POST",
+                retries=settings.retries,
+                failure_callback=settings.public_url + FAILURE_PATH,
+                schedule_id=SCHEDULE_ID,
+            )
         )
-    )
     return SetUp(SCHEDULE_ID, destination, cron, next(upcoming(cron, now)), SCHEDULE_ID not in known)
 
 
 async def schedule_of(settings: QStashSettings, now: datetime) -> SetUp | None:
     """Our schedule as QStash has it."""
-    client: AsyncQStash = open_client(settings)
-    for schedule in await ask(client.schedule.list()):
-        if schedule.schedule_id == SCHEDULE_ID:
-            soon = next(upcoming(schedule.cron, now), now + timedelta.max)
-            return SetUp(SCHEDULE_ID, schedule.destination, schedule.cron, soon, created=False)
+    async with open_client(settings) as client:
+        for schedule in await ask(client.schedule.list()):
+            if schedule.schedule_id == SCHEDULE_ID:
+                soon = next(upcoming(schedule.cron, now))
+                return SetUp(SCHEDULE_ID, schedule.destination, schedule.cron, soon, created=False)
     return None
 
 
 async def remove_schedule(settings: QStashSettings) -> bool:
     """Delete our schedule. False when there is none."""
-    client = open_client(settings)
-    if not any(schedule.schedule_id == SCHEDULE_ID for schedule in await ask(client.schedule.list())):
-        return False
-    await ask(client.schedule.delete(SCHEDULE_ID))
+    async with open_client(settings) as client:
+        if not any(schedule.schedule_id == SCHEDULE_ID for schedule in await ask(client.schedule.list())):
+            return False
+        await ask(client.schedule.delete(SCHEDULE_ID))
     return True

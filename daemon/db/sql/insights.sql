@@ -46,9 +46,28 @@ from s where covered_to < now() - $2::interval or (covered_to is not null and re
 order by 1, 2, 4 nulls first, 5
 
 -- name: insights_ticks
-select t.slot_at, t.created_at, t.connections, t.batches, t.finished_at,
-  (select count(*) from batch_summary b where b.slot_at = t.slot_at and b.kind = 'poll') as batches_done
-from tick t order by t.slot_at desc limit $1
+-- The newest, or the one of slot $2. A tick that no replica has judged yet is counted as it would be.
+select t.slot_at, t.created_at, t.via, t.request_id, t.connections, t.batches, t.deadline_at, t.finished_at,
+  b.done as batches_done, coalesce(t.done_in_time, case when t.deadline_at <= now() then b.in_time end) as done_in_time
+from tick t cross join lateral (
+  select count(*) as done, count(*) filter (where finished_at <= t.deadline_at) as in_time
+  from batch_summary where slot_at = t.slot_at and kind = 'poll') b
+where $2::timestamptz is null or t.slot_at = $2
+order by t.slot_at desc limit $1
+
+-- name: insights_handovers
+-- A batch that nothing has released waits in `due` until its deadline, and then runs without QStash. One that ran and
+-- waits for another attempt has been counted: see `attempt`.
+select h.slot_at, count(*) as batches, count(h.message_id) as published,
+  count(*) filter (where h.released_by = 'delivery') as delivery,
+  count(*) filter (where h.released_by = 'failure') as failure,
+  count(*) filter (where h.released_by = 'refusal') as refusal,
+  count(*) filter (where h.released_at is null and d.waits) as waiting,
+  count(*) filter (where h.released_at is null and not d.waits) as deadline
+from handover h
+cross join lateral (select exists (select from due where id = h.job_id and attempt = 0) as waits) d
+where h.slot_at = any($1::timestamptz[])
+group by 1 order by 1 desc
 
 -- name: insights_status
 select now() as now,
@@ -61,7 +80,152 @@ select now() as now,
   (select extract(epoch from now() - min(greatest(polled_at, state_at)))::float8
      from connection where state = 'active' and next_due_at < now()) as lag_s,
   (select count(*) from connection where state = 'active' and next_due_at < now() and open_job is null) as due,
-  (select count(*) from worker where stopped_at is null and seen_at > now() - interval '30 seconds') as replicas
+  (select count(*) from worker where stopped_at is null and seen_at > now() - interval '30 seconds') as replicas,
+  (select extract(epoch from until - now())::float8 from pause where host = 'qstash' and org = '' and until > now())
+    as qstash_paused_s,
+  (select reason from pause where host = 'qstash' and org = '' and until > now()) as qstash_pause_reason
+
+-- name: insights_replicas
+-- Those that beat, and those that fell silent not long ago. Small tables: `worker` is pruned, a lease is a running job.
+select w.id as worker, w.info, extract(epoch from now() - w.seen_at)::float8 as beat_s,
+  extract(epoch from now() - w.started_at)::float8 as up_s, coalesce(l.jobs, 0) as running
+from worker w left join (select worker, count(*) as jobs from lease group by 1) l on l.worker = w.id
+where w.stopped_at is null and w.seen_at > now() - interval '10 minutes'
+order by w.id limit $1
+
+-- name: insights_running
+-- Those that run longest. Only the body of a poll is read: it names connections by their ids, and holds no secret.
+select l.id, j.kind, l.key_id, t.name as tenant, l.attempt, l.worker,
+  extract(epoch from now() - l.claimed_at)::float8 as running_s,
+  case when j.kind in ('poll', 'poll_one') then j.body end as body
+from lease l join job j using (id) left join tenant t on t.id = l.key_id
+order by l.claimed_at, l.id limit $1
+
+-- name: insights_queue
+-- At most $1 rows of each state table are looked at, since the kind stands in `job`, which is large when they are.
+select j.kind, s.state, count(*) as jobs
+from (
+  (select id, 'available' as state from ready limit $1)
+  union all (select id, case when attempt = 0 then 'scheduled' else 'retryable' end from due limit $1)
+  union all (select id, 'running' from lease limit $1)
+  union all (select id, 'discarded' from dead limit $1)) s
+join job j using (id)
+group by 1, 2 order by 1, 2
+
+-- name: insights_settled
+-- Attempts of the last $1, by whole minutes ago. The log has no index by time, which each settle would pay for: it is
+-- only ever appended to, so its newest lines stand in the last $2 blocks of this week's partition, and, early on a
+-- Monday, of last week's. `reached_at` is the oldest line in those of this week, null when they are all of it.
+with w as materialized (
+  select monday, greatest(0, pg_relation_size(to_regclass('attempt_' || to_char(monday at time zone 'UTC', 'YYYYMMDD')))
+    / current_setting('block_size')::int - $2::int) as head
+  from (values (date_trunc('week', now(), 'UTC')), (date_trunc('week', now() - interval '7 days', 'UTC'))) v(monday)),
+a as (
+  select at, worker, outcome from attempt
+  where at >= greatest(now() - $1::interval, date_trunc('week', now(), 'UTC'))
+    and ctid >= (select format('(%s,0)', head)::tid from w order by monday desc limit 1)
+  union all
+  select at, worker, outcome from attempt
+  where at >= now() - $1::interval and at < date_trunc('week', now(), 'UTC')
+    and at >= date_trunc('week', now() - interval '7 days', 'UTC')
+    and ctid >= (select format('(%s,0)', head)::tid from w order by monday limit 1))
+select floor(extract(epoch from greatest(interval '0', now() - at)) / 60)::int as minutes_ago, worker, outcome,
+  count(*) as jobs,
+  (select at from attempt
+   where at >= date_trunc('week', now(), 'UTC') and (select head from w order by monday desc limit 1) > 0
+     and ctid >= (select format('(%s,0)', head)::tid from w order by monday desc limit 1)
+   limit 1) as reached_at
+from a group by 1, 2, 3
+
+-- name: insights_failures
+-- Found as `insights_settled` finds its lines.
+with w as materialized (
+  select monday, greatest(0, pg_relation_size(to_regclass('attempt_' || to_char(monday at time zone 'UTC', 'YYYYMMDD')))
+    / current_setting('block_size')::int - $2::int) as head
+  from (values (date_trunc('week', now(), 'UTC')), (date_trunc('week', now() - interval '7 days', 'UTC'))) v(monday)),
+a as (
+  select at, id, attempt, worker, outcome, took_ms, note from attempt
+  where at >= greatest(now() - $1::interval, date_trunc('week', now(), 'UTC')) and outcome in (2, 4, 9)
+    and ctid >= (select format('(%s,0)', head)::tid from w order by monday desc limit 1)
+  union all
+  select at, id, attempt, worker, outcome, took_ms, note from attempt
+  where at >= now() - $1::interval and at < date_trunc('week', now(), 'UTC') and outcome in (2, 4, 9)
+    and at >= date_trunc('week', now() - interval '7 days', 'UTC')
+    and ctid >= (select format('(%s,0)', head)::tid from w order by monday limit 1)),
+newest as materialized (select * from a order by at desc, id desc limit $3)
+select n.at, n.id as job, coalesce(j.kind, b.kind) as kind, n.attempt, n.outcome, n.worker, n.took_ms, left(n.note, 500) as note
+from newest n left join job j using (id) left join batch_summary b on b.job_id = n.id
+order by n.at desc, n.id desc
+
+-- name: insights_tick_of_request
+-- No index: a table of one line a slot, and a question that a person asks.
+select slot_at from tick where request_id = $1 order by slot_at desc limit 1
+
+-- name: insights_slot_of_message
+select slot_at from delivery where message_id = $1
+
+-- name: insights_deliveries
+-- The messages that asked for a slot; the first made its tick. Three days of them are kept, so there is no index.
+select message_id, at from delivery where slot_at = $1 order by at, message_id limit $2
+
+-- name: insights_batches
+-- The jobs of a tick (slot $1, made at $2, for the request $3), or those named in $4; $5 at most, the oldest first.
+-- Open ones are found by the instant that they share with their tick; `job` only holds what is not finished. Those that
+-- a batch was split into belong to no slot, and are found by their request.
+with ids as (
+  select job_id as id from batch_summary where slot_at = $1::timestamptz
+  union select job_id from handover where slot_at = $1::timestamptz
+  union select id from job where created_at = $2::timestamptz and kind = 'poll'
+  union select job_id from batch_summary
+    where request_id = $3::text and finished_at >= $2::timestamptz and finished_at < $2::timestamptz + interval '1 day'
+  union select id from unnest($4::bigint[]) as g(id)),
+named as (
+  select i.id from ids i
+  where exists (select from job where id = i.id) or exists (select from batch_summary where job_id = i.id)
+    or exists (select from booking where job_id = i.id) or exists (select from handover where job_id = i.id)
+    or exists (select from attempt where id = i.id)),
+chosen as materialized (select id, count(*) over () as total from named order by id limit $5)
+select c.total, c.id, coalesce(j.kind, b.kind) as kind, coalesce(
+    case when exists (select from ready where id = c.id) then 'available' end,
+    (select case when attempt = 0 then 'scheduled' else 'retryable' end from due where id = c.id),
+    case when exists (select from lease where id = c.id) then 'running' end,
+    case when exists (select from dead where id = c.id) then 'discarded' end,
+    case (select outcome from attempt where id = c.id order by at desc limit 1) when 5 then 'cancelled' end,
+    'completed') as state,
+  coalesce(b.slot_at, h.slot_at) as slot_at, b.request_id, case when j.kind in ('poll', 'poll_one') then j.body end as body,
+  b.finished_at, b.connections, b.unchanged, b.stored, b.restated, b.retried, b.dead, b.requests, b.rows, b.duration_s,
+  h.place, h.message_id, h.published_at, h.released_at, h.released_by, h.reported_at, h.reported_status
+from chosen c left join job j using (id) left join batch_summary b on b.job_id = c.id
+left join handover h on h.job_id = c.id
+order by c.id
+
+-- name: insights_attempts
+select at, attempt, outcome, worker, took_ms, left(note, 500) as note from attempt where id = $1 order by at desc limit $2
+
+-- name: insights_job_of_seq
+select job_id from booking where poll_seq = $1
+
+-- name: insights_reads
+-- The reads that booked something, of these jobs or (with $2) that one alone. A read is booked in one flush or in a few
+-- that follow it, all before its job ended; no job runs for more than an hour.
+select count(*) over () as total, k.poll_seq, k.job_id, k.booked_at,
+  least(case when exists (select from job where id = k.job_id) then now() else coalesce(b.finished_at, now()) end,
+        k.booked_at + interval '1 hour') as until
+from booking k left join batch_summary b on b.job_id = k.job_id
+where k.job_id = any($1::bigint[]) and ($2::bigint is null or k.poll_seq = $2)
+order by k.poll_seq limit $3
+
+-- name: insights_bookings
+-- What these reads booked. The ledger has no index by read, so it is found by when it was booked.
+select l.poll_seq, t.name as tenant, c.name as connection, c.provider, s.source, r.currency, r.basis,
+  count(*) filter (where l.kind = 1) as new, count(*) filter (where l.kind = 2) as restated,
+  count(*) filter (where l.kind = 3) as vanished, count(*) filter (where l.kind = 4) as repriced,
+  trim_scale(sum(l.amount)) as amount
+from ledger l join usage_row r using (stream_id, bucket_start, row_key)
+join stream s on s.id = l.stream_id join connection c on c.id = s.connection_id join tenant t on t.id = c.tenant_id
+where l.booked_at >= $2 and l.booked_at <= $3 and l.poll_seq = any($1::bigint[])
+group by l.poll_seq, t.name, c.name, c.provider, s.source, r.currency, r.basis
+order by 1, 2, 3, 5, 6 nulls last, 7
 
 -- name: law_ledger_equals_rows
 -- One statement, hence one snapshot: two would show differences that are none. By-month pruning does not help here.
