@@ -10,7 +10,7 @@ import typer
 from daemon.cli import live
 from daemon.cli.arguments import Json
 from daemon.cli.live import Every, check_terminal, clock_time, section, show, span, watch
-from daemon.cli.printing import _cell, _visible, note, print_json, print_table
+from daemon.cli.printing import cell, note, print_json, print_table, visible
 from daemon.cli.session import set_up_logs, settings, with_app
 from daemon.domain.errors import DaemonError, UsageError
 
@@ -133,7 +133,7 @@ def draw_status(found: tuple[Status, QueueStats], width: int, height: int | None
         table = section(("to QStash", "batches", *HANDOVER), rows, empty="", spacing=spacing)
         parts += [Text(""), table]
     if height is not None:
-        head = Text.assemble(("tallyd status", "bold"), f"  {_cell(told.now)} UTC", ("  q ends", "dim"))
+        head = Text.assemble(("tallyd status", "bold"), f"  {cell(told.now)} UTC", ("  q ends", "dim"))
         parts = [head, Text(""), *parts]
     return Group(*parts)
 
@@ -166,7 +166,7 @@ def _figures(told: Status, queue: QueueStats, *, with_now: bool) -> RenderableTy
     if told.qstash_paused_s is not None:
         qstash = f"paused for another {span(told.qstash_paused_s)}: {told.qstash_pause_reason}"
     lines: list[tuple[str, str, str]] = [
-        ("now", f"{_cell(told.now)} UTC" if with_now else "", ""),
+        ("now", f"{cell(told.now)} UTC" if with_now else "", ""),
         ("tenants", f"{told.tenants:,}", ""),
         ("connections", states, "red" if told.connections.get("parked") else ""),
         ("parked sources", f"{told.parked_sources:,}", "red" if told.parked_sources else ""),
@@ -182,7 +182,7 @@ def _figures(told: Status, queue: QueueStats, *, with_now: bool) -> RenderableTy
     grid.add_column(overflow="fold")
     for name, text, style in lines:
         if text:
-            grid.add_row(Text(name, style="bold"), Text(_visible(text), style=style))
+            grid.add_row(Text(name, style="bold"), Text(visible(text), style=style))
     return grid
 
 
@@ -284,7 +284,7 @@ def trace(
     show(draw_trace(found))
     for name, shown, total in (
         ("jobs", len(found.jobs), found.jobs_total),
-        ("reads", len({b.poll_seq for b in found.bookings}), found.reads_total),
+        ("reads of these", len({b.poll_seq for b in found.bookings}), found.reads_total),
     ):
         if shown < total:
             note(f"note: {shown:,} of {total:,} {name} are shown; --limit shows more")
@@ -339,8 +339,8 @@ def draw_trace(found: Trace) -> RenderableType:
     head.add_column(no_wrap=True)
     head.add_column(overflow="fold")
     for name, text in _cause_lines(found):
-        head.add_row(Text(name, style="bold"), Text(_visible(text)))
-    jobs: list[list[object]] = [_job_cells(job) for job in found.jobs]
+        head.add_row(Text(name, style="bold"), Text(visible(text)))
+    jobs: list[list[object]] = [_jobcells(job) for job in found.jobs]
     parts: list[RenderableType] = [
         head,
         section(
@@ -351,7 +351,7 @@ def draw_trace(found: Trace) -> RenderableType:
         ),
     ]
     if any(job.handover for job in found.jobs):
-        rows = [[str(job.id), *_handover_cells(job)] for job in found.jobs if job.handover]
+        rows = [[str(job.id), *_handovercells(job)] for job in found.jobs if job.handover]
         columns = ("to QStash", "place", "published", "released", "by", "reported", "status", "message")
         parts.append(section(columns, rows, empty="", spacing=1))
     if found.attempts:
@@ -384,7 +384,7 @@ def _cause_lines(found: Trace) -> list[tuple[str, str]]:
     verdict = {None: "open", True: "complete", False: "incomplete"}[tick.is_complete]
     in_time = "" if tick.done_in_time is None else f", {tick.done_in_time} by {clock_time(tick.deadline_at)}"
     lines = [
-        ("tick", f"{_cell(tick.slot_at)} UTC via {tick.via}, made {clock_time(tick.created_at)}"),
+        ("tick", f"{cell(tick.slot_at)} UTC via {tick.via}, made {clock_time(tick.created_at)}"),
         ("batches", f"{tick.batches_done} of {tick.batches} done{in_time}: {verdict}"),
         ("connections", f"{tick.connections:,}"),
     ]
@@ -392,11 +392,11 @@ def _cause_lines(found: Trace) -> list[tuple[str, str]]:
         lines.append(("request", tick.request_id))
     for d in found.deliveries:
         did = "made the tick" if d.is_maker else "came when it was made"
-        lines.append(("delivery", f"{d.message_id} at {_cell(d.at)}: {did}"))
+        lines.append(("delivery", f"{d.message_id} at {cell(d.at)}: {did}"))
     return lines
 
 
-def _job_cells(job: TracedJob) -> list[object]:
+def _jobcells(job: TracedJob) -> list[object]:
     s = job.summary
     if s is None:
         return [str(job.id), job.kind, job.state, *[None] * 8]
@@ -404,7 +404,7 @@ def _job_cells(job: TracedJob) -> list[object]:
     return [str(job.id), job.kind, job.state, clock_time(s.finished_at), *counts]
 
 
-def _handover_cells(job: TracedJob) -> list[object]:
+def _handovercells(job: TracedJob) -> list[object]:
     h = job.handover
     assert h is not None
     by = h.released_by or ("nothing yet" if job.state == "scheduled" else "deadline")
@@ -425,4 +425,4 @@ def _revisions(booking: Booking) -> tuple[int, int, int]:
 
 def _money(booking: Booking) -> str:
     """Each currency and basis by itself: they are never added up."""
-    return "; ".join(f"{_cell(s.amount)} {s.currency} {s.basis}" for s in booking.sums) or "-"
+    return "; ".join(f"{cell(s.amount)} {s.currency} {s.basis}" for s in booking.sums) or "-"

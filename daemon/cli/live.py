@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from daemon.cli.arguments import Json
-from daemon.cli.printing import _cell, _visible, print_json
+from daemon.cli.printing import cell, print_json, visible
 from daemon.cli.session import with_app
 from daemon.domain.errors import TransientError, UsageError
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 READ_S = 10.0
 """What takes longer is shown as an absence, and asked for again."""
 SILENT_S = 15.0
-"""A replica that has not beaten for that long is taken for lost by the others."""
+"""A replica that has not beaten for that long is taken for lost by the others; `status` counts it for 30 s."""
+ALIVE_S = 30.0
 WIDE = 120
 STATES = ("available", "scheduled", "retryable", "running", "discarded")
 WINDOWS = (1, 5, 15)
@@ -94,8 +95,8 @@ class Away:
 
 def check_terminal(field: str, fix: str) -> None:
     """Raises UsageError naming `fix` where nothing can be redrawn."""
-    if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
-        raise UsageError(field, "follows on a terminal, and stdout is none", fix)
+    if not sys.stdout.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
+        raise UsageError(field, "needs a terminal on stdout, one that can be redrawn", fix)
 
 
 def watch(
@@ -167,7 +168,7 @@ def framed(
         return draw(found, width, height)
     problem = "no answer yet" if away is None else f"no answer for {span(away.seconds)}: {away.problem}"
     line = Text(
-        _visible(f" {title}: {problem}; trying on "), style="bold white on red", no_wrap=True, overflow="ellipsis"
+        visible(f" {title}: {problem}; trying on "), style="bold white on red", no_wrap=True, overflow="ellipsis"
     )
     return line if found is None else Group(line, draw(found, width, height - 1))
 
@@ -291,7 +292,7 @@ def section(
     if is_live and not takes_rest:
         table.add_column(ratio=1)
     for row in kept:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(_cell(cell)) for cell in row))
+        table.add_row(*(value if isinstance(value, Text) else Text(cell(value)) for value in row))
     if left_out:
         table.add_row(*[""] * (len(columns) - 1), Text(f"... and {left_out:,} more", style="dim"))
     elif not rows:
@@ -345,10 +346,11 @@ def draw_top(found: tuple[Activity, QueueStats], width: int, height: int | None)
     else:
         ordered = list(tables)
     waits = "" if queue.oldest_available_s is None else f" for {span(queue.oldest_available_s)}"
-    now = clock_time(activity.now) if is_live else _cell(activity.now)
+    alive = sum(replica.beat_s < ALIVE_S for replica in activity.replicas)
+    now = clock_time(activity.now) if is_live else cell(activity.now)
     head = Text.assemble(
         ("tallyd top", "bold"),
-        f"  {now} UTC  {counted(len(activity.replicas), 'replica')}, {queue.running:,} running, ",
+        f"  {now} UTC  {counted(alive, 'replica')}, {queue.running:,} running, ",
         (f"{queue.discarded:,} dead", "red" if queue.discarded else ""),
         f", {queue.available:,} waiting{waits}",
         ("  q ends" if is_live else "", "dim"),

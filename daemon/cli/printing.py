@@ -44,7 +44,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, emp
     from rich.table import Table
     from rich.text import Text
 
-    lines = [[_cell(value) for value in row] for row in rows]
+    lines = [[cell(value) for value in row] for row in rows]
     if not lines:
         note(empty)
         return
@@ -64,7 +64,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, emp
     console.print(table)
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
     match value:
         case None:
             return "-"
@@ -77,18 +77,18 @@ def _cell(value: object) -> str:
         case datetime():
             return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
         case _:
-            return _visible(str(value))
+            return visible(str(value))
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Names come from providers and from people: control characters must not reach a terminal."""
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
 
 def note(text: str) -> None:
     """A remark for the person, on stderr."""
-    print(_visible(text), file=sys.stderr)
+    print(visible(text), file=sys.stderr)
 
 
 def print_error(text: str) -> None:
-    print(f"error: {_visible(text)}", file=sys.stderr)
+    print(f"error: {visible(text)}", file=sys.stderr)

@@ -353,7 +353,7 @@ class BatchSummary:
 
 @dataclass(frozen=True, slots=True)
 class TracedJob:
-    """A job by its state's public name. `kind` is None where no more is known than that it was there."""
+    """A job by its state's public name, or "gone" where no log says any more how it ended; then `kind` is None."""
 
     id: int
     kind: str | None

@@ -123,6 +123,7 @@ with w as materialized (
 a as (
   select at, worker, outcome from attempt
   where at >= greatest(now() - $1::interval, date_trunc('week', now(), 'UTC'))
+    and at < date_trunc('week', now() + interval '7 days', 'UTC')
     and ctid >= (select format('(%s,0)', head)::tid from w order by monday desc limit 1)
   union all
   select at, worker, outcome from attempt
@@ -132,7 +133,8 @@ a as (
 select floor(extract(epoch from greatest(interval '0', now() - at)) / 60)::int as minutes_ago, worker, outcome,
   count(*) as jobs,
   (select at from attempt
-   where at >= date_trunc('week', now(), 'UTC') and (select head from w order by monday desc limit 1) > 0
+   where at >= date_trunc('week', now(), 'UTC') and at < date_trunc('week', now() + interval '7 days', 'UTC')
+     and (select head from w order by monday desc limit 1) > 0
      and ctid >= (select format('(%s,0)', head)::tid from w order by monday desc limit 1)
    limit 1) as reached_at
 from a group by 1, 2, 3
@@ -146,6 +148,7 @@ with w as materialized (
 a as (
   select at, id, attempt, worker, outcome, took_ms, note from attempt
   where at >= greatest(now() - $1::interval, date_trunc('week', now(), 'UTC')) and outcome in (2, 4, 9)
+    and at < date_trunc('week', now() + interval '7 days', 'UTC')
     and ctid >= (select format('(%s,0)', head)::tid from w order by monday desc limit 1)
   union all
   select at, id, attempt, worker, outcome, took_ms, note from attempt
@@ -190,8 +193,9 @@ select c.total, c.id, coalesce(j.kind, b.kind) as kind, coalesce(
     (select case when attempt = 0 then 'scheduled' else 'retryable' end from due where id = c.id),
     case when exists (select from lease where id = c.id) then 'running' end,
     case when exists (select from dead where id = c.id) then 'discarded' end,
-    case (select outcome from attempt where id = c.id order by at desc limit 1) when 5 then 'cancelled' end,
-    'completed') as state,
+    case (select outcome from attempt where id = c.id order by at desc limit 1)
+      when 5 then 'cancelled' when 1 then 'completed' end,
+    case when b.job_id is not null then 'completed' else 'gone' end) as state,
   coalesce(b.slot_at, h.slot_at) as slot_at, b.request_id, case when j.kind in ('poll', 'poll_one') then j.body end as body,
   b.finished_at, b.connections, b.unchanged, b.stored, b.restated, b.retried, b.dead, b.requests, b.rows, b.duration_s,
   h.place, h.message_id, h.published_at, h.released_at, h.released_by, h.reported_at, h.reported_status
