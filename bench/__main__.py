@@ -11,7 +11,7 @@ from time import perf_counter
 import anyio
 import msgspec
 
-from bench import booking, claims, drain, memory, polling, rescue, startup, tick
+from bench import booking, claims, delivery, drain, goodbye, idle, memory, polling, replicas, rescue, startup, tick
 from bench.report import Line, machine, print_table
 from bench.stage import Stage, has_uvloop, server
 from daemon.telemetry.logs import configure
@@ -33,6 +33,10 @@ FIGURES: Mapping[str, Figure] = {
     "memory": memory.one_large_tick,
     "growth": memory.many_ticks,
     "rescue": rescue.lost_replica,
+    "delivery": delivery.deliveries,
+    "replicas": replicas.one_tick,
+    "idle": idle.nothing_due,
+    "goodbye": goodbye.under_load,
 }
 
 

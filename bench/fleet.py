@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -22,6 +22,7 @@ from bench.stage import Stage
 
 TALLYD = (sys.executable, "-m", "daemon")
 WATCH_S = 0.02
+PROVIDERS = ("openai", "anthropic")
 
 
 class Fleet:
@@ -30,33 +31,33 @@ class Fleet:
     def __init__(self, stage: Stage, database_url: str, simulator_url: str) -> None:
         self._stage = stage
         self._simulator_url = simulator_url
-        self.env: Mapping[str, str] = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("TALLYD_")},
-            "TALLYD_DATABASE_URL": database_url,
-            "TALLYD_SECRET_KEY": base64.b64encode(b"k" * 32).decode(),
-            "TALLYD_DATA_DIR": str(stage.folder / "data"),
-            "TALLYD_LOG_LEVEL": "warning",
-        }
+        self.env: Mapping[str, str] = environment(stage, database_url)
         self.peak_bytes = 0
         self.took_s = 0.0
 
     async def set_up(self, count: int, *, requests_per_hour: int, hours: int = 3) -> None:
         """Half OpenAI, half Anthropic, each with a few hours of history."""
         profile = {"history_days": 1, "requests_per_hour": requests_per_hour, "projects": 1, "keys": 2}
-        for provider in ("openai", "anthropic"):
+        for provider in PROVIDERS:
             await self._control("orgs", {"provider": provider, "profile": profile})
+        await self.import_connections(count, hours=hours)
+
+    async def import_connections(self, count: int, *, hours: int, providers: Sequence[str] = PROVIDERS) -> None:
+        """The connections alone, for a provider that needs no setting up."""
         since = (datetime.now(UTC) - timedelta(hours=hours)).replace(minute=0, second=0, microsecond=0).isoformat()
         path = self._stage.folder / "fleet.jsonl"
         path.write_bytes(
-            msgspec.json.Encoder().encode_lines([self._connection(number, since) for number in range(count)])
+            msgspec.json.Encoder().encode_lines(
+                [self._connection(number, since, providers[number % len(providers)]) for number in range(count)]
+            )
         )
         await self.run("connections", "import", str(path), "--json")
 
-    def _connection(self, number: int, since: str) -> dict[str, str]:
-        is_openai = number % 2 == 0
+    def _connection(self, number: int, since: str, provider: str) -> dict[str, str]:
+        is_openai = provider == "openai"
         return {
             "tenant": f"tenant-{number % 100}",
-            "provider": "openai" if is_openai else "anthropic",
+            "provider": provider,
             "name": f"connection-{number}",
             "credential": f"sk-admin-bench{number}" if is_openai else f"sk-ant-admin01-bench{number}",
             "base_url": self._simulator_url + ("/v1" if is_openai else ""),
@@ -99,6 +100,21 @@ class Fleet:
     async def summary(self, *arguments: str) -> dict[str, Any]:
         found: dict[str, Any] = msgspec.json.decode(await self.run(*arguments, "--json"))
         return found
+
+
+def environment(stage: Stage, database_url: str) -> dict[str, str]:
+    """For a `tallyd` of its own: nothing of this shell's settings, and a listener on whatever port is free."""
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("TALLYD_") and "QSTASH_" not in name
+    }
+    return {
+        **inherited,
+        "TALLYD_DATABASE_URL": database_url,
+        "TALLYD_SECRET_KEY": base64.b64encode(b"k" * 32).decode(),
+        "TALLYD_DATA_DIR": str(stage.folder / "data"),
+        "TALLYD_LOG_LEVEL": "warning",
+        "TALLYD_LISTEN": "127.0.0.1:0",
+    }
 
 
 def resident_bytes(process: psutil.Process) -> int:

@@ -6,9 +6,9 @@ from statistics import linear_regression, median
 
 import anyio
 import asyncpg
-import psutil  # type: ignore[import-untyped]  # it has no types
 
 from bench.fleet import Fleet, resident_bytes
+from bench.replica import replica
 from bench.report import Line, Target
 from bench.stage import Stage, simulator
 
@@ -38,26 +38,23 @@ async def one_large_tick(stage: Stage) -> list[Line]:
 
 
 async def many_ticks(stage: Stage) -> list[Line]:
-    """`tallyd run` with a tick a second on a hundred connections, sampled after each tick."""
+    """`tallyd run` with a tick a second on a hundred connections; its metrics are read and it is sampled after each."""
     ticks = WARM_TICKS + stage.size(100, 3)
     samples: list[float] = []
     async with stage.database() as url:
         with simulator() as sim:
             fleet = Fleet(stage, url, sim)
             await fleet.set_up(stage.size(100, 4), requests_per_hour=60)
-            child = fleet.start("run", TALLYD_TICK_SECONDS="1")
-            process = psutil.Process(child.pid)
             watch: asyncpg.Connection = await asyncpg.connect(url)
-            try:
+            env = {**fleet.env, "TALLYD_TICK_SECONDS": "1"}
+            async with replica(env, stage.folder / "growth.log") as daemon:
                 for _ in range(ticks):
                     await _next_tick(watch)
-                    samples.append(resident_bytes(process) / MIB)
+                    assert b"\ntallyd_build_info{" in await daemon.get("/metrics")
+                    samples.append(resident_bytes(daemon.process) / MIB)
                 requests = await watch.fetchval("select sum(requests) from batch_summary")
                 assert requests > ticks, requests  # ticks without requests would prove nothing
-            finally:
-                await watch.close()
-                child.terminate()
-                assert child.wait(timeout=60) == 0
+            await watch.close()
     warm = samples[WARM_TICKS:]
     tenth = max(1, len(warm) // 10)
     slope, _ = linear_regression(range(len(warm)), warm)

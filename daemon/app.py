@@ -210,8 +210,8 @@ class App:
         """Mend what can be mended without a person's judgement. Returns a sentence for each thing done."""
         if not (await migrate.status(self.db)).is_current:
             return []
-        newest = await streams.mend_sequence(self.db)
-        return [] if newest is None else [f"poll_seq now stands at {newest}"]
+        mended = await streams.mend_sequences(self.db)
+        return [f"{name} now stands at {newest}" for name, newest in mended.items()]
 
     async def doctor(self, *, reach: bool) -> list[Check]:
         """Every check of this installation, the laws in SQL among them."""
@@ -274,7 +274,7 @@ class App:
 
     async def poll(self, connections: Sequence[ConnectionId], *, full: bool) -> Summary:
         """Poll these connections now, in this process. Raises TransientError for what could not be finished."""
-        await streams.check_sequence(self.db)
+        await streams.check_sequences(self.db)
         mode = Mode.FULL if full else Mode.POLL
         orders = [PollOrder(ids, mode=mode) for ids in _batches(connections, self.settings.batch_size)]
         jobs = [NewJob(POLL, order.encode(), timeout_s=BY_HAND_TIMEOUT_S) for order in orders]
@@ -286,7 +286,7 @@ class App:
         Where another process made the tick, `wait` helps with its batches until they are done. Then it works off what
         else waits: where ticks come from cron alone, nobody else would.
         """
-        await streams.check_sequence(self.db)
+        await streams.check_sequences(self.db)
         if not wait:
             made = await orchestrate.tick(self.db, self.jobs, tick_settings(self.settings), slot)
             await self.jobs.waker.flush()

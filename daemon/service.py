@@ -80,7 +80,7 @@ def _bind(settings: Settings, stack: ExitStack) -> dict[str, socket.socket]:
 async def _serve(settings: Settings, sockets: dict[str, socket.socket]) -> int:
     """Own every service in one task group: a service that crashes ends them all, and the process non-zero."""
     async with open_app(settings) as app:
-        await streams.check_sequence(app.db)
+        await streams.check_sequences(app.db)
         service = _Service(app, sockets)
         await service.run()
     log.info("daemon.stopped")

@@ -22,8 +22,8 @@ _ADD_STREAMS = query("add_streams")
 _STREAMS = query("streams_for_poll")
 _EPOCHS_OF = query("epochs_of")
 _HELD = query("held_totals")
-_LOST_SEQUENCE = query("lost_sequence")
-_MEND_SEQUENCE = query("mend_sequence")
+_LOST_SEQUENCES = query("lost_sequences")
+_MEND_SEQUENCES = query("mend_sequences")
 _LOCK_OF = query("lock_streams_of")
 _CUTS_OF = query("cuts_of")
 _ADD_EPOCHS = query("add_epochs")
@@ -102,26 +102,25 @@ async def load(
     return [Loaded(c, streams[c.id], problems.get(c.id)) for c in connections.values()], now
 
 
-async def check_sequence(db: Executor) -> None:
-    """Refuse to poll where a copy of the database lost `poll_seq`: every answer would look old, and none be booked.
+async def check_sequences(db: Executor) -> None:
+    """Refuse to work where a copy of the database lost its sequences: every answer would look old, and none be booked.
 
     Raises:
-        ConfigError: it is behind what was taken.
+        ConfigError: one is behind what was taken.
     """
-    lost = await db.fetchrow(_LOST_SEQUENCE)
-    if lost is not None:
-        problem = (
-            f"database: the sequence poll_seq stands at {lost['issued']}, behind {lost['newest']}, the newest read that is "
-            "booked, so that every answer would look old; a copy that lost it may have lost more: run `tallyd doctor`, "
-            "then `tallyd doctor --fix`"
-        )
-        raise ConfigError([problem])
+    problems = [
+        f"database: the sequence {lost['name']} stands at {lost['issued']}, behind {lost['newest']}, which is in use"
+        + (", so that every answer of a provider would look old" if lost["name"] == "poll_seq" else "")
+        + "; a copy that lost it may have lost more: run `tallyd doctor`, then `tallyd doctor --fix`"
+        for lost in await db.fetch(_LOST_SEQUENCES)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
-async def mend_sequence(db: Executor) -> int | None:
-    """Set `poll_seq` to the newest read that is booked anywhere. Returns it; None when it is not behind."""
-    newest: int | None = await db.fetchval(_MEND_SEQUENCE, timeout_s=_SCAN_TIMEOUT_S)
-    return newest
+async def mend_sequences(db: Executor) -> dict[str, int]:
+    """Set each sequence that is behind to the newest number in use. Returns those, with their new positions."""
+    return {row["name"]: row["newest"] for row in await db.fetch(_MEND_SEQUENCES, timeout_s=_SCAN_TIMEOUT_S)}
 
 
 async def lock_of(tx: Executor, connections: Sequence[ConnectionId]) -> None:

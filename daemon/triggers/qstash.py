@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from time import time
@@ -27,6 +27,7 @@ from daemon.domain.errors import PermanentError, SignatureError, UsageError
 from daemon.domain.job import JobId
 from daemon.domain.window import rfc3339
 from daemon.queue.cron import cron_of, upcoming
+from daemon.queue.gather import Gatherer
 from daemon.queue.postgres import PostgresQueue
 from daemon.queue.qstash import FAILURE_PATH, QStashSettings, ask, open_client
 
@@ -137,6 +138,7 @@ class Deliveries:
         self._queue = queue
         self._settings = settings
         self._hands_over = hands_over
+        self._release = Gatherer(self._release_all)
 
     async def orchestrate(self, body: bytes, message: str, request_id: str) -> dict[str, object]:
         """Make the tick that `{}` or `{"slot": TIME}` asks for, once for each message.
@@ -163,10 +165,18 @@ class Deliveries:
             UsageError: the body is not of that form.
         """
         batch = JobId(_decoded(body, _ReleaseOrder).batch)
-        released = await handovers.release(self._db, [batch], "delivery")
+        return {"batch": batch, "released": await self._release(batch)}
+
+    async def _release_all(self, batches: Sequence[JobId]) -> list[bool]:
+        """Release what is asked for at the same time in one statement; of several calls for one batch, one did it."""
+        released = await handovers.release(self._db, batches, "delivery")
         if released:
             self._queue.waker.wake()
-        return {"batch": batch, "released": batch in released}
+        told: list[bool] = []
+        for batch in batches:
+            told.append(batch in released)
+            released.discard(batch)
+        return told
 
     async def callback(self, body: bytes, _message: str, _request_id: str) -> dict[str, object]:
         """Record an attempt of QStash to deliver. It says that the delivery was accepted, not that a batch is done.

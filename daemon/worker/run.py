@@ -14,6 +14,7 @@ from daemon.telemetry import metrics
 from daemon.telemetry.traces import span
 
 STORAGE_RETRY_S = 15.0
+UNKNOWN_SNOOZE_S = 15.0
 CRASHES_MAX = 5
 """A defect of ours is not tried for as long as an outage of the database is."""
 
@@ -49,8 +50,10 @@ async def run_job(job: Job, handlers: Mapping[str, Handler]) -> Outcome:
         try:
             handler = handlers.get(job.kind)
             if handler is None:
-                # In a rolling upgrade an older replica may claim a newer one's work: another one will take it.
-                outcome = Retryable(f"no handler for kind {job.kind!r} in this version")
+                # In a rolling upgrade an older replica may claim a newer one's work: another one will take it, and no
+                # attempt is spent, however often it lands here.
+                log.warning("job.unknown")
+                outcome = Snoozed(UNKNOWN_SNOOZE_S, f"no handler for kind {job.kind!r} in this version")
             else:
                 with span(
                     "job",

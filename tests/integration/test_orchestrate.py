@@ -19,7 +19,7 @@ from daemon.domain.connection import ConnectionId
 from daemon.domain.errors import UsageError
 from daemon.domain.job import JobId, Summary
 from daemon.domain.window import EPOCH, floor_to
-from daemon.orchestrate import IDLE_LADDER, DueConnection, Tick, TickSettings, next_due, plan, tick
+from daemon.orchestrate import IDLE_LADDER, DueConnection, Occasion, Tick, TickSettings, next_due, plan, tick
 from daemon.queue.postgres import PostgresQueue
 from daemon.worker.poll import PollOrder
 from tests.ledger_kit import assert_laws
@@ -289,3 +289,86 @@ async def test_two_batches_that_end_at_the_same_moment_finish_their_tick(many: l
             await anyio.lowlevel.checkpoint()
         await first.__aexit__(None, None, None)
     assert await many[0].fetchval("select finished_at is not null from tick where slot_at = $1", slot)
+
+
+# ── Occasions ───────────────────────────────────────────────────────────────────────────────────
+
+
+@anyio_mark
+async def test_a_fallback_waits_for_its_grace_and_then_stands_in(db: Database) -> None:
+    await add_connections(db, 3)
+    day = TickSettings(tick_s=86_400)
+    age_s = (await db.now() - floor_to(await db.now(), 86_400)).total_seconds()
+    early = Occasion(via="fallback", grace_s=age_s + 3_600)
+    assert not (await tick(db, PostgresQueue(db), day, occasion=early)).created
+    assert not await db.fetchval("select count(*) from tick")
+    late = Occasion(via="fallback", grace_s=max(0.0, age_s - 1))
+    assert (await tick(db, PostgresQueue(db), day, occasion=late)).created
+    assert await db.fetchval("select via from tick") == "fallback"
+    assert not await db.fetchval("select count(*) from handover"), "a QStash that is silent is not asked for more"
+    assert await db.fetchval("select count(*) from ready") == 1
+
+
+@anyio_mark
+async def test_delivery_and_fallback_race_for_a_slot_and_one_wins(many: list[Database]) -> None:
+    await add_connections(many[0], 30)
+    await current_slot(many[0])
+    made: list[Tick] = []
+
+    async def race(db: Database, occasion: Occasion) -> None:
+        made.append(await tick(db, PostgresQueue(db), SETTINGS, occasion=occasion))
+
+    async with anyio.create_task_group() as group:
+        for number, db in enumerate(many):
+            by_qstash = Occasion(via="qstash", message_id=f"msg_{number % 3}", request_id="r", hands_over=True)
+            group.start_soon(race, db, by_qstash)
+            group.start_soon(race, db, Occasion(via="fallback"))
+    assert [t.created for t in made].count(True) == 1
+    via = await many[0].fetchval("select via from tick")
+    handed = await many[0].fetchval("select count(*) from handover")
+    assert handed == (3 if via == "qstash" else 0)
+    assert await many[0].fetchval("select count(*) from job where kind = 'poll'") == 3
+    await assert_laws(many[0])
+
+
+@anyio_mark
+async def test_a_tick_is_judged_once_when_its_time_is_up(many: list[Database]) -> None:
+    """How much was expected and done by when is stored with the tick, whoever looks."""
+    await add_connections(many[0], 30)
+    slot = await current_slot(many[0])
+    await make(many[0])
+    assert await ticks.judge(many[0]) == [], "not yet"
+    await ledger.write_summary(many[0], JobId(1), "poll", slot, Summary(connections=10))
+    await many[0].execute("update tick set deadline_at = now() - interval '1 second'")
+    await many[0].execute("update batch_summary set finished_at = now() - interval '2 seconds'")
+    await ledger.write_summary(many[0], JobId(2), "poll", slot, Summary(connections=10))
+    found: list[ticks.Judged] = []
+
+    async def judge(db: Database) -> None:
+        found.extend(await ticks.judge(db))
+
+    async with anyio.create_task_group() as group:
+        for db in many:
+            group.start_soon(judge, db)
+    (judged,) = found
+    assert (judged.slot, judged.expected, judged.done) == (slot, 3, 1), "one was in time, one late, one is missing"
+    assert await many[0].fetchval("select done_in_time from tick") == 1
+
+
+@anyio_mark
+async def test_what_is_old_is_pruned_and_the_rest_kept(db: Database) -> None:
+    await db.execute(
+        """insert into tick (slot_at, connections, batches) select now() - n * interval '1 day', 0, 0 from generate_series(1, 2500) n;
+           insert into handover (job_id, slot_at, place) select n, now() - n * interval '1 day', 1 from generate_series(1, 2500) n;
+           insert into delivery (message_id, slot_at, at) select n::text, now(), now() - n * interval '1 day' from generate_series(1, 9) n;
+           insert into booking (poll_seq, job_id, booked_at) select n, 1, now() - n * interval '1 day' from generate_series(1, 500) n"""
+    )
+    await ticks.prune(db, 90, 400)
+    counts = await db.fetchrow(
+        """select (select count(*) from tick), (select count(*) from handover), (select count(*) from delivery),
+             (select count(*) from booking)"""
+    )
+    assert counts is not None
+    assert tuple(counts.values()) == (89, 89, 2, 399)
+    await ticks.prune(db, None, None)
+    assert await db.fetchval("select count(*) from tick") == 89, "none keeps everything"

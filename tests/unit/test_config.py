@@ -52,7 +52,7 @@ def test_every_problem_of_every_source_is_told_at_once(elsewhere: Path) -> None:
     file.write_text('batch_sice = 5\ndrain_s = "soon"\nretention_dead_days = -1\n')
     env = {
         "TALLYD_TICK_SECOND": "1",
-        "TALLYD_TRIGGER": "qstash",
+        "TALLYD_TRIGGER": "cron",
         "TALLYD_CONCURRENCY": "0",
         "TALLYD_DATABASE_URL": "mysql://x",
         "TALLYD_SECRET_KEY": "short",
@@ -64,7 +64,7 @@ def test_every_problem_of_every_source_is_told_at_once(elsewhere: Path) -> None:
         "batch_sice: unknown key in",
         "database_url: is no Postgres URL; write it as postgresql://",
         "secret_key: key 1 is no base64; make one with `tallyd config new-key`",
-        "trigger: is 'qstash', which this version cannot serve yet; use internal",
+        "trigger: is 'cron'; choose one of internal, qstash, both",
         "concurrency: is '0'; give a whole number from 1 to 256",
         "drain_s: is 'soon'; give seconds from 0 to 3600",
         "retention_dead_days: is -1; give days",
@@ -168,3 +168,74 @@ def test_any_text_is_taken_or_refused_by_name(variable: str, text: str) -> None:
         named = [value is not None]
     assert named
     assert all(named)
+
+
+# ── Listener and QStash ─────────────────────────────────────────────────────────────────────────
+
+KEYS = {"QSTASH_CURRENT_SIGNING_KEY": "sig_a", "QSTASH_NEXT_SIGNING_KEY": "sig_b"}
+PUBLIC = {"TALLYD_PUBLIC_URL": "https://tallyd.example.com"}
+
+
+def test_a_whole_qstash_configuration_is_taken() -> None:
+    env = {"TALLYD_TRIGGER": "both", "QSTASH_TOKEN": "hidden-token", **KEYS, **PUBLIC}
+    chosen = load(env=env)
+    assert chosen.signing_keys == {"": (Secret("sig_a"), Secret("sig_b"))}
+    assert chosen.qstash_token is not None
+    assert "hidden-token" not in repr(list(chosen.shown()))
+    assert {name: origin for name, _, origin in chosen.shown()}["qstash_token"] == "env QSTASH_TOKEN"
+
+
+def test_regions_have_keys_of_their_own() -> None:
+    env = {f"EU_CENTRAL_1_{name}": value for name, value in KEYS.items()} | {"TALLYD_TRIGGER": "qstash"} | PUBLIC
+    assert set(load(env=env).signing_keys) == {"eu_central_1"}
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"TALLYD_TRIGGER": "qstash", **PUBLIC}, "qstash_current_signing_key: not set, and trigger qstash needs it"),
+        ({"TALLYD_TRIGGER": "both", **KEYS}, "public_url: not set, and trigger both needs it"),
+        ({"QSTASH_CURRENT_SIGNING_KEY": "sig_a"}, "set QSTASH_NEXT_SIGNING_KEY too"),
+        ({"US_EAST_1_QSTASH_NEXT_SIGNING_KEY": "x"}, "set US_EAST_1_QSTASH_CURRENT_SIGNING_KEY too"),
+        (
+            {"TALLYD_TRIGGER": "qstash", **KEYS, "TALLYD_PUBLIC_URL": "http://tallyd.example.com"},
+            "cannot be reached by",
+        ),
+        ({"TALLYD_TRIGGER": "qstash", **KEYS, "TALLYD_PUBLIC_URL": "https://10.0.0.1"}, "cannot be reached by"),
+        ({"TALLYD_TRIGGER": "qstash", **KEYS, "TALLYD_PUBLIC_URL": "https://localhost:8080"}, "cannot be reached by"),
+        ({"TALLYD_TRIGGER": "qstash", **KEYS, **PUBLIC, "TALLYD_LISTEN": "none"}, "listen: none, but trigger qstash"),
+        (
+            {"TALLYD_TRIGGER": "both", **KEYS, **PUBLIC, "TALLYD_FALLBACK_GRACE_S": "300"},
+            "fallback_grace_s: 300 is not shorter",
+        ),
+        ({"TALLYD_ROLE": "listener", "TALLYD_LISTEN": "none"}, "role listener does nothing else"),
+        ({"TALLYD_LISTEN_PRIVATE": "127.0.0.1:8080"}, "listen_private: is 127.0.0.1:8080, as listen is"),
+        ({"TALLYD_LISTEN": "8080"}, "write HOST:PORT"),
+        ({"TALLYD_PUBLIC_URL": "https://me@tallyd.example/?a=1"}, "without query or user"),
+        ({"TALLYD_QSTASH_TOKEN": "x"}, "its name is QSTASH_TOKEN"),
+        ({"TALLYD_TICK_COMPLETE_RATIO": "2"}, "give a ratio from 0 to 1"),
+        ({"TALLYD_QSTASH_CRON": "* * * *"}, "4 fields"),
+    ],
+)
+def test_half_a_service_configuration_is_named(env: dict[str, str], says: str) -> None:
+    assert any(says in problem for problem in problems_of(env=env)), problems_of(env=env)
+
+
+def test_a_local_server_in_place_of_the_cloud_may_deliver_anywhere() -> None:
+    local = {"TALLYD_PUBLIC_URL": "http://127.0.0.1:8080", "QSTASH_URL": "http://127.0.0.1:9000"}
+    assert load(env={"TALLYD_TRIGGER": "qstash", **KEYS, **local}).qstash_url == "http://127.0.0.1:9000"
+    cloud = {**local, "QSTASH_URL": "https://qstash-us-east-1.upstash.io"}
+    assert "cannot be reached" in problems_of(env={"TALLYD_TRIGGER": "qstash", **KEYS, **cloud})[0]
+
+
+def test_variables_of_others_may_be_empty(tmp_path: Path) -> None:
+    """Compose files and shells pass on what is not set; and a secret may stand in a file under any name."""
+    path = tmp_path / "token"
+    path.write_text("tok\n")
+    chosen = load(
+        env={"QSTASH_URL": "", "QSTASH_CURRENT_SIGNING_KEY": "", "QSTASH_TOKEN": "", "QSTASH_TOKEN_FILE": str(path)}
+    )
+    assert (chosen.qstash_url, chosen.signing_keys) == (None, {})
+    assert chosen.qstash_token == Secret("tok")
+    both = problems_of(env={"QSTASH_TOKEN": "a", "QSTASH_TOKEN_FILE": str(path)})
+    assert "keep one" in both[0]

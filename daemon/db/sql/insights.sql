@@ -306,6 +306,18 @@ from (select case when is_called then last_value else last_value - 1 end as issu
 cross join (select greatest((select max(last_seq) from stream), (select max(last_seq) from bucket)) as newest) m
 where m.newest > s.issued
 
+-- name: law_ids
+-- The same for the numbers of rows: new ones would take those of old ones.
+with m(name, newest) as (values
+  ('tenant_id_seq', (select max(id) from tenant)),
+  ('connection_id_seq', (select max(id) from connection)),
+  ('stream_id_seq', (select max(id) from stream)),
+  ('worker_id_seq', greatest((select max(id) from worker), (select max(worker) from lease))),
+  ('job_id_seq', greatest(
+    (select max(id) from job), (select max(id) from attempt), (select max(job_id) from batch_summary))))
+select name as sequence, coalesce(pg_sequence_last_value(name::regclass), 0) as issued, newest from m
+where newest > coalesce(pg_sequence_last_value(name::regclass), 0) order by 1
+
 -- name: law_jobs_conserved
 -- A job stands in exactly one state table, and nothing stands there without its job.
 select id, coalesce(string_agg(state, ', ' order by state), 'nowhere') as states, j.id is not null as has_job

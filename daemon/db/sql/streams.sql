@@ -32,19 +32,32 @@ select b.stream_id, b.bucket_start, b.totals, b.total_quantity, b.total_amount
 from unnest($1::bigint[], $2::timestamptz[]) as g(stream_id, since)
 join bucket b on b.stream_id = g.stream_id and b.bucket_start >= g.since
 
--- name: lost_sequence
--- What a copy of the database left of the sequence, where it is behind what was taken. The streams' fences will do: a
--- bucket is ahead of its stream by the reads of a few attempts at most.
-select s.issued, m.newest
-from (select case when is_called then last_value else last_value - 1 end as issued from poll_seq) s
-cross join (select max(last_seq) as newest from stream) m
-where m.newest > s.issued
+-- name: lost_sequences
+-- What a copy of the database left of its sequences, where they are behind what was taken. Cheap, for each start: a
+-- bucket is ahead of its stream by the reads of a few attempts at most, and of jobs the summaries tell enough.
+with m(name, newest) as (values
+  ('poll_seq', (select max(last_seq) from stream)),
+  ('tenant_id_seq', (select max(id) from tenant)),
+  ('connection_id_seq', (select max(id) from connection)),
+  ('stream_id_seq', (select max(id) from stream)),
+  ('worker_id_seq', (select max(id) from worker)),
+  ('job_id_seq', greatest((select max(id) from job), (select max(job_id) from batch_summary))))
+select name, coalesce(pg_sequence_last_value(name::regclass), 0) as issued, newest from m
+where newest > coalesce(pg_sequence_last_value(name::regclass), 0) order by name = 'poll_seq' desc, name
 
--- name: mend_sequence
-select setval('poll_seq', m.newest)
-from (select case when is_called then last_value else last_value - 1 end as issued from poll_seq) s
-cross join (select greatest((select max(last_seq) from stream), (select max(last_seq) from bucket)) as newest) m
-where m.newest > s.issued
+-- name: mend_sequences
+-- Every sequence that is behind what its numbers were used for. Jobs leave their table when they are done, so the logs
+-- tell how far they got.
+with m(name, newest) as (values
+  ('poll_seq', greatest((select max(last_seq) from stream), (select max(last_seq) from bucket))),
+  ('tenant_id_seq', (select max(id) from tenant)),
+  ('connection_id_seq', (select max(id) from connection)),
+  ('stream_id_seq', (select max(id) from stream)),
+  ('worker_id_seq', greatest((select max(id) from worker), (select max(worker) from lease))),
+  ('job_id_seq', greatest(
+    (select max(id) from job), (select max(id) from attempt), (select max(job_id) from batch_summary))))
+select name, setval(name::regclass, newest) as newest from m
+where newest > coalesce(pg_sequence_last_value(name::regclass), 0) order by name
 
 -- name: lock_streams_of
 select id from stream where connection_id = any($1::bigint[]) order by id for update

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+import structlog
 
 from daemon.domain.errors import (
     CircuitOpenError,
@@ -13,7 +15,7 @@ from daemon.domain.errors import (
     StorageUnavailableError,
     UpstreamUnavailableError,
 )
-from daemon.domain.job import Completed, Discarded, Job, JobId, Outcome, Retryable
+from daemon.domain.job import Completed, Discarded, Job, JobId, Outcome, Retryable, Snoozed
 from daemon.worker.run import CRASHES_MAX, STORAGE_RETRY_S, run_job
 
 pytestmark = pytest.mark.anyio
@@ -49,5 +51,17 @@ async def test_defect_of_ours_is_not_tried_for_as_long_as_an_outage() -> None:
 
 
 async def test_unknown_kind_is_left_to_a_replica_that_knows_it() -> None:
-    """An older replica may claim a newer one's job during a rolling upgrade."""
-    assert isinstance(await run_job(job(kind="deliver"), {}), Retryable)
+    """An older replica may claim a newer one's job during a rolling upgrade, again and again: no attempt is spent."""
+    assert isinstance(await run_job(job(kind="deliver"), {}), Snoozed)
+
+
+async def test_a_job_is_logged_under_the_request_that_it_follows_from() -> None:
+    seen: list[object] = []
+
+    async def look(_job: Job) -> Outcome:
+        seen.append(structlog.contextvars.get_contextvars().get("request_id"))
+        return Completed()
+
+    for body in (b'{"connections":[],"request_id":"msg_1"}', b"{}", b"\xff not json", b"[1]"):
+        await run_job(replace(job(), body=body), {"poll": look})
+    assert seen == ["msg_1", None, None, None]
