@@ -185,7 +185,11 @@ class Cluster:
         """Cut the clients off and stop the server. Returns whether it was running."""
         if self.pid() is None:
             return False
-        self._run(*self.stop_arguments())
+        try:
+            self._run(*self.stop_arguments())
+        except StorageUnavailableError:
+            if self.pid() is not None:
+                raise  # else it was stopping already, as it does when its last user leaves
         return True
 
     def stop_arguments(self) -> tuple[str, ...]:
