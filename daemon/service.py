@@ -10,6 +10,7 @@ A service that crashes ends the process non-zero, and whoever supervises it star
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
@@ -131,6 +132,9 @@ class _Service:
                 tick_s=settings.tick_seconds,
                 listens={name: listener.url for name, listener in self._listeners.items()},
             )
+            # What is there by now stays: collecting garbage need not look at it each time.
+            gc.collect()
+            gc.freeze()
             self._manager.ready(f"{settings.role}, trigger {settings.trigger}, {self._addresses()}")
             if self._loop is None:
                 await self._stopping.wait()

@@ -28,7 +28,7 @@ def set_up_logs(chosen: Settings, *, is_service: bool = False) -> None:
     from daemon.telemetry.logs import configure
 
     is_quiet = not is_service and "log_level" not in chosen.origins
-    configure(level="warning" if is_quiet else chosen.log_level, style=chosen.log_format)
+    configure(level="warning" if is_quiet else chosen.log_level, style=chosen.log_format, is_final=is_service)
 
 
 def with_app(work: Callable[[App], Awaitable[Result]]) -> Result:

@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -52,15 +52,21 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?i)\b([a-z][a-z0-9+.\-]*://[^\s/:@]*:)[^\s/@]+(@)"), rf"\1{MASK}\2"),
 )
 
-_SIGNS: tuple[tuple[str, ...] | None, ...] = (("-", "_"), None, ("eyJ",), ("=",), (":", "="), ("://",))
-"""What a text must hold for the rule at that place to match; None where that is not to be told so simply."""
+_MAY_MATCH: tuple[Callable[[str], bool], ...] = (
+    lambda text: "-" in text or "_" in text,
+    lambda text: " " in text or not text.isprintable(),  # any other white space is not printable
+    lambda text: "eyJ" in text,
+    lambda text: "=" in text,
+    lambda text: ":" in text or "=" in text,
+    lambda text: "://" in text,
+)
+"""Whether a text holds what the rule at that place cannot do without: most hold nothing, and looking costs little."""
 
 
 def redact_text(text: str) -> str:
     """`text` without keys, tokens, passwords and signatures."""
-    # Most texts hold none of the signs that a rule cannot do without, and looking for a sign costs next to nothing.
-    for (pattern, replacement), signs in zip(_RULES, _SIGNS, strict=True):
-        if signs is None or any(sign in text for sign in signs):
+    for (pattern, replacement), may_match in zip(_RULES, _MAY_MATCH, strict=True):
+        if may_match(text):
             text = pattern.sub(replacement, text)
     return text
 
@@ -122,9 +128,17 @@ def _exception_text(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 
 def configure(
-    *, level: str = "info", style: Literal["auto", "console", "json"] = "auto", stream: TextIO | None = None
+    *,
+    level: str = "info",
+    style: Literal["auto", "console", "json"] = "auto",
+    stream: TextIO | None = None,
+    is_final: bool = False,
 ) -> None:
-    """Set up structlog, and the standard library's logging through it. Call once, at start."""
+    """Set up structlog, and the standard library's logging through it. Call once, at start.
+
+    Args:
+        is_final: it will not be called again, so that loggers may keep what they find at their first use.
+    """
     out = sys.stderr if stream is None else stream
     is_console = out.isatty() if style == "auto" else style == "console"
     renderer: Processor = (
@@ -142,7 +156,7 @@ def configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
         logger_factory=structlog.WriteLoggerFactory(file=out),
-        cache_logger_on_first_use=False,
+        cache_logger_on_first_use=is_final,
     )
     handler = logging.StreamHandler(out)
     handler.setFormatter(

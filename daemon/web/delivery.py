@@ -5,12 +5,12 @@ What an answer asks of QStash: 200 done; 400 and 413 never to try again; 401, 40
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from uuid import uuid4
 
-import anyio
 import msgspec
 import structlog
 from starlette.requests import ClientDisconnect, Request
@@ -64,19 +64,23 @@ def delivery_routes(door: Door, deliveries: Deliveries, settings: DeliverySettin
 
 
 def _route(path: str, action: Action, door: Door, limits: DeliverySettings) -> Route:
+    accepted = metrics.DELIVERIES.labels(path, "200")
+    seconds = metrics.DELIVERY_SECONDS.labels(path)
+
     async def answer(request: Request) -> Response:
         began = perf_counter()
-        request_id = _request_id(request.headers)
+        headers_in = dict(request.headers)  # looked at often, and Starlette's search anew each time
+        request_id = _request_id(headers_in)
         trace = span(
             "delivery",
-            parent=request.headers.get("traceparent"),
+            parent=headers_in.get("traceparent"),
             kind="server",
             http__route=path,
             tallyd__request__id=request_id,
         )
         with structlog.contextvars.bound_contextvars(request_id=request_id), trace:
             try:
-                fields = await _act(request, path, action, door, limits, request_id)
+                fields = await _act(request, headers_in, path, action, door, limits, request_id)
             except _Refused as refusal:
                 log.warning(
                     "delivery.refused",
@@ -86,20 +90,27 @@ def _route(path: str, action: Action, door: Door, limits: DeliverySettings) -> R
                     duration_s=round(perf_counter() - began, 4),
                 )
                 status, headers = refusal.status, refusal.headers
+                metrics.DELIVERIES.labels(path, str(status)).inc()
                 fields = {"error": str(refusal)}
             else:
                 status, headers = 200, {}
+                accepted.inc()
                 log.info("delivery.accepted", route=path, duration_s=round(perf_counter() - began, 4), **fields)
             trace.set(http__response__status_code=status)
-        metrics.DELIVERIES.labels(path, str(status)).inc()
-        metrics.DELIVERY_SECONDS.labels(path).observe(perf_counter() - began)
+        seconds.observe(perf_counter() - began)
         return json_response(fields, status, {**headers, "X-Request-Id": request_id})
 
     return Route(path, answer, methods=["POST"])
 
 
 async def _act(
-    request: Request, path: str, action: Action, door: Door, limits: DeliverySettings, request_id: str
+    request: Request,
+    headers: Mapping[str, str],
+    path: str,
+    action: Action,
+    door: Door,
+    limits: DeliverySettings,
+    request_id: str,
 ) -> Mapping[str, object]:
     """Turn whatever can go wrong into the answer that makes QStash do the right thing."""
     if not door.is_open:
@@ -111,8 +122,8 @@ async def _act(
         )
     try:
         body = await _body(request, limits)
-        await door.verify(path, body, request.headers)
-        return await action(body, message_id(request.headers), request_id)
+        await door.verify(path, body, headers)
+        return await action(body, message_id(headers), request_id)
     except SignatureError as error:
         raise _Refused(401, str(error)) from error
     except UsageError as error:
@@ -136,7 +147,7 @@ async def _body(request: Request, limits: DeliverySettings) -> bytes:
     received = 0
     most = limits.body_bytes_max
     try:
-        with anyio.fail_after(limits.body_s):
+        async with asyncio.timeout(limits.body_s):  # on each delivery, and a third of the cost of anyio's
             async for chunk in request.stream():
                 received += len(chunk)
                 if received <= most:
