@@ -12,7 +12,10 @@ import typer
 from daemon import config
 from daemon.cli.main import app
 from daemon.domain import errors
+from daemon.queue.qstash import CALLBACK_PATH, FAILURE_PATH, WORKER_PATH
 from daemon.simulator.faults import KINDS
+from daemon.telemetry.metrics import REGISTRY
+from daemon.triggers.qstash import ORCHESTRATE_PATH
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -175,6 +178,29 @@ def test_every_error_is_in_the_reference() -> None:
         if isinstance(kind, type) and issubclass(kind, errors.DaemonError) and kind is not errors.DaemonError
     }
     assert {name for name in names if f"| `{name}` |" not in page("reference/errors.md")} == set()
+
+
+def test_metrics_and_their_labels_are_in_the_reference_and_no_others() -> None:
+    counters = {
+        f"{metric.name}_total" if metric.type == "counter" else metric.name: set(labels)
+        for collector, names in REGISTRY._collector_to_names.items()
+        if (labels := getattr(collector, "_labelnames", None)) is not None
+        for metric in collector.collect()
+    }
+    source = "".join((ROOT / path).read_text("utf-8") for path in ("daemon/db/figures.py", "daemon/service.py"))
+    gauges = set(re.findall(r'"(tallyd_\w+)"', source))
+    rows = re.findall(r"^\| (`tallyd_.*?) \| (.*?) \|", page("reference/metrics.md"), re.MULTILINE)
+    told = {
+        name: set(re.findall(r"`(\w+)`", labels)) for names, labels in rows for name in re.findall(r"`(\w+)`", names)
+    }
+    assert told.keys() == counters.keys() | gauges
+    assert {name: told[name] for name in counters} == counters
+
+
+def test_routes_are_in_the_reference_and_no_others() -> None:
+    paths = {ORCHESTRATE_PATH, WORKER_PATH, CALLBACK_PATH, FAILURE_PATH, "/healthz", "/readyz", "/metrics"}
+    text = page("reference/http.md")
+    assert set(re.findall(r"^\| `(?:GET )?(/[\w/]+)`", text, re.MULTILINE)) == paths
 
 
 def test_every_table_is_in_the_reference() -> None:
