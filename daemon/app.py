@@ -26,11 +26,11 @@ import structlog
 from daemon import __version__, orchestrate
 from daemon.config import Settings
 from daemon.db import embedded, migrate, streams, ticks
+from daemon.db.activity import Activity, read_activity
+from daemon.db.causes import Booking, Causes, Trace, TracedJob
 from daemon.db.connections import ConnectionStore, NewConnection, Rotation
 from daemon.db.figures import Figures, SourceFact
 from daemon.db.insights import (
-    Activity,
-    Booking,
     Check,
     Gap,
     Insights,
@@ -39,8 +39,6 @@ from daemon.db.insights import (
     SpendLine,
     Status,
     Tick,
-    Trace,
-    TracedJob,
     UsageLine,
 )
 from daemon.db.pool import Database
@@ -170,6 +168,10 @@ class App:
         return Publisher(self.db, self.jobs.waker, qstash_settings(self.settings))
 
     @cached_property
+    def causes(self) -> Causes:
+        return Causes(self.db, self.settings.tick_complete_ratio)
+
+    @cached_property
     def figures(self) -> Figures:
         """What `/metrics` tells of the database."""
         facts = [
@@ -186,6 +188,10 @@ class App:
             await self.http.aclose()
         if "publisher" in self.__dict__:
             await self.publisher.aclose()
+
+    async def activity(self) -> Activity:
+        """What happens right now."""
+        return await read_activity(self.db)
 
     def cost_sources(self) -> frozenset[tuple[str, str]]:
         """(provider, source) of every source that reports money itself."""

@@ -148,7 +148,11 @@ def _address(value: object) -> Address | None:
 def _url(value: object) -> str:
     text = _text(value)
     parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+    try:
+        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # a port that is none
+        is_good = False
+    if not is_good or parts.query or parts.fragment or parts.username or not re.fullmatch(r"[!-~]+", text):
         raise ValueError(f"is {text!r}; write it as https://tallyd.example, without query or user")
     return text.rstrip("/")
 
@@ -469,8 +473,20 @@ def _check_service(values: Mapping[str, Any], found: _Found) -> None:
             problems.append(f"{missing}: not set, but {variable_of(given[0])} is; set {variable_of(missing)} too")
     trigger = values.get("trigger", "internal")
     public_url, url = values.get("public_url"), values.get("qstash_url")
-    if trigger != "internal":
-        if not pairs:
+    takes_deliveries = values.get("role", "all") != "worker"
+    host = urlsplit(url or "").hostname or ""
+    is_cloud = url is None or host.endswith(".upstash.io")
+    if url and url.startswith("http:") and not is_private(host) and not values.get("allow_insecure", False):
+        problems.append(f"qstash_url: {url} would show the token to everybody on the way; use https, or allow_insecure")
+    if trigger != "internal" and (takes_deliveries or has("qstash_token")):
+        region = "us_east_1" if "us-east-1" in host else "eu_central_1"
+        others = {found for found in ("", *REGIONS) if has(f"{found}_qstash_current_signing_key".lstrip("_"))}
+        if takes_deliveries and pairs and is_cloud and not others & {"", region}:
+            problems.append(
+                f"{region}_qstash_current_signing_key: not set, but QSTASH_URL is of that region; set its keys, or the "
+                "general ones"
+            )
+        if takes_deliveries and not pairs:
             problems.append(
                 f"qstash_current_signing_key: not set, and trigger {trigger} needs it to verify deliveries; "
                 "set QSTASH_CURRENT_SIGNING_KEY and QSTASH_NEXT_SIGNING_KEY"
@@ -480,20 +496,20 @@ def _check_service(values: Mapping[str, Any], found: _Found) -> None:
                 f"public_url: not set, and trigger {trigger} needs it, since QStash signs it; "
                 "set TALLYD_PUBLIC_URL to where QStash reaches this service, such as https://tallyd.example"
             )
-        elif public_url and (url is None or (urlsplit(url).hostname or "").endswith(".upstash.io")):
+        elif public_url and is_cloud:
             parts = urlsplit(public_url)
             if parts.scheme != "https" or is_private(parts.hostname or ""):
                 problems.append(
                     f"public_url: {public_url} cannot be reached by QStash's cloud, which delivers to public https:// "
                     "addresses only; give one, or set QSTASH_URL to a local server"
                 )
-        if has("listen") and "listen" in values and values["listen"] is None and values.get("role", "all") != "worker":
+        if has("listen") and "listen" in values and values["listen"] is None and takes_deliveries:
             problems.append(f"listen: none, but trigger {trigger} needs a listener; set HOST:PORT, or role worker")
     grace_s, tick_s = values.get("fallback_grace_s", 30.0), values.get("tick_seconds", 300)
-    if trigger == "both" and grace_s >= tick_s:
+    if trigger == "both" and grace_s > tick_s / 2:
         problems.append(
-            f"fallback_grace_s: {grace_s:g} is not shorter than a tick of {tick_s} s, so it would always come too late; "
-            "lower it"
+            f"fallback_grace_s: {grace_s:g} is more than half a tick of {tick_s} s, so that the fallback might come too "
+            "late; lower it"
         )
     listen, private = values.get("listen", Address("127.0.0.1", 8080)), values.get("listen_private")
     if listen is not None and private == listen and listen.port:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
+import anyio
 import structlog
 
 from daemon.db import handovers, ticks
@@ -61,6 +62,8 @@ class Occasion:
         request_id: goes with the tick, its batches and what they book, so that each can be traced back.
         hands_over: QStash is to trigger the batches; they run without it after `TickSettings.hand_over_s`.
         grace_s: only makes the tick when its slot is at least that old.
+        early_s: an order that comes so shortly before a slot, while the current one has its tick, is meant for that
+            slot: whoever sent it has another clock. It waits.
     """
 
     via: ticks.Via = "command"
@@ -68,6 +71,7 @@ class Occasion:
     request_id: str | None = None
     hands_over: bool = False
     grace_s: float = 0.0
+    early_s: float = 0.0
 
 
 BY_COMMAND = Occasion()
@@ -148,6 +152,9 @@ async def tick(
     """
     now = await db.now()
     current = floor_to(now, settings.tick_s)
+    if slot is None and occasion.early_s:
+        now = await _its_slot(db, settings.tick_s, occasion.early_s, now)
+        current = floor_to(now, settings.tick_s)
     wanted = current if slot is None else slot
     if wanted != floor_to(wanted, settings.tick_s):
         grid = rfc3339(floor_to(wanted, settings.tick_s))
@@ -173,6 +180,18 @@ async def tick(
             request_id=occasion.request_id,
         )
     return made
+
+
+async def _its_slot(db: Database, tick_s: int, early_s: float, now: datetime) -> datetime:
+    """Wait for the next slot, if it is about to begin and this one has its tick. Returns the database's time."""
+    current = floor_to(now, tick_s)
+    following = current + timedelta(seconds=tick_s)
+    if following - now > timedelta(seconds=early_s) or not await ticks.exists(db, current):
+        return now
+    while now < following:
+        await anyio.sleep((following - now).total_seconds())
+        now = await db.now()
+    return now
 
 
 async def _make(

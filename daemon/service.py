@@ -15,6 +15,7 @@ import importlib.util
 import os
 import random
 import signal
+import sys
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
@@ -54,12 +55,24 @@ def run(settings: Settings) -> int:
     Raises:
         ConfigError: an address that cannot be listened on, or anything else that is wrong at the start.
     """
+    # Until the services run there is nothing to drain; without this, process 1 of a container would ignore it.
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+    _raise_file_limit()
     with ExitStack() as stack:
         sockets = _bind(settings, stack)  # before anything else: a second daemon by mistake should disturb nothing
         if settings.traces != "off":
             traces.configure(service_version=__version__, role=settings.role)
             stack.callback(traces.shutdown)
         return anyio.run(_serve, settings, sockets, backend_options={"use_uvloop": has_uvloop()})
+
+
+def _raise_file_limit() -> None:
+    """Take all the file descriptors that we may: service managers give 1,024 unless asked for more."""
+    if sys.platform != "win32":
+        import resource  # noqa: PLC0415 - not on Windows
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def has_uvloop() -> bool:
@@ -132,6 +145,8 @@ class _Service:
                 tick_s=settings.tick_seconds,
                 listens={name: listener.url for name, listener in self._listeners.items()},
             )
+            if self._loop is not None and qstash_settings(settings) is not None:
+                _ = app.publisher  # its SDK takes a second to import, which nothing should wait for later
             # What is there by now stays: collecting garbage need not look at it each time.
             gc.collect()
             gc.freeze()

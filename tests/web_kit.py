@@ -71,15 +71,15 @@ class Web:
         return await self.client.post(path, content=raw, headers={**sent, **(headers or {})})
 
     async def raw(self, *parts: bytes) -> bytes:
-        """Send bytes as they are, and read until the other side closes."""
+        """Send bytes as they are, and read until the other side closes. One that closes early may take its answer along."""
         place = urlsplit(self.url)
         assert place.hostname is not None
         assert place.port is not None
         answer = b""
         async with await anyio.connect_tcp(place.hostname, place.port) as stream:
-            for part in parts:
-                await stream.send(part)
             try:
+                for part in parts:
+                    await stream.send(part)
                 while True:
                     answer += await stream.receive()
             except (anyio.EndOfStream, anyio.BrokenResourceError):

@@ -291,21 +291,20 @@ def trace(
 
 
 async def _found(a: App, what: str, limit: int) -> Trace | None:
-    insights, ratio = a.insights, a.settings.tick_complete_ratio
     kind, number = ("seq", what[4:]) if what.startswith("seq:") else ("job", what)
     if number.isascii() and number.isdecimal() and len(number) < 20 and int(number) <= ID_MAX:
         if kind == "seq":
-            return await insights.trace_seq(int(number), limit=limit, complete_ratio=ratio)
-        if trace := await insights.trace_job(int(number), limit=limit, complete_ratio=ratio):
+            return await a.causes.trace_seq(int(number), limit=limit)
+        if trace := await a.causes.trace_job(int(number), limit=limit):
             return trace
     elif kind == "seq":
         return None
     slot = _instant(what)
     if slot is not None:
-        return await insights.trace_slot(slot, limit=limit, complete_ratio=ratio)
+        return await a.causes.trace_slot(slot, limit=limit)
     if not (what.isascii() and what.isprintable()):  # no request id has ever been like that
         return None
-    return await insights.trace_request(what, limit=limit, complete_ratio=ratio)
+    return await a.causes.trace_request(what, limit=limit)
 
 
 def _instant(text: str) -> datetime | None:

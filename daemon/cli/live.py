@@ -57,7 +57,7 @@ def top(
     """What happens right now, live: replicas, running jobs, queue, throughput, last failures."""
 
     async def read(a: App) -> tuple[Activity, QueueStats]:
-        return await a.insights.activity(), await a.queue.stats()
+        return await a.activity(), await a.queue.stats()
 
     if not once and not json:
         check_terminal("top", "pass --once for one frame, or --json")

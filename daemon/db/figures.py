@@ -19,7 +19,9 @@ from daemon.domain.gauge import Gauge
 
 FAST_S, SLOW_S = 5.0, 300.0
 """How long the answers about the queue hold, and those that sum a month of the ledger."""
-FAST_TIMEOUT_S, SLOW_TIMEOUT_S = 5.0, 20.0
+FAST_TIMEOUT_S, SLOW_TIMEOUT_S = 2.0, 6.0
+"""A scrape waits 10 s by default, for both together."""
+RETRY_S = 60.0
 
 _NOW = query("figures_now")
 _CONNECTIONS = query("figures_connections")
@@ -185,7 +187,9 @@ def _tick_gauges(tick: Record) -> list[Gauge]:
 
 
 class _Held:
-    """An answer that holds for a while. One that could not be read is asked for again next time."""
+    """An answer that holds for a while. One that could not be read is left out for a minute, so that a slow query holds
+    up neither each scrape nor the database.
+    """
 
     def __init__(self, read: Callable[[], Awaitable[list[Gauge]]], hold_s: float) -> None:
         self._read = read
@@ -195,7 +199,7 @@ class _Held:
 
     async def get(self, now: float) -> list[Gauge]:
         if now >= self._until:
-            self._gauges = []
+            self._gauges, self._until = [], now + min(self._hold_s, RETRY_S)
             try:
                 self._gauges = await self._read()
                 self._until = now + self._hold_s

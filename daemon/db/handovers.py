@@ -15,6 +15,7 @@ _UNPUBLISHED = query("unpublished_batches")
 _MARK_PUBLISHED = query("mark_published")
 _RELEASE = query("release_batches")
 _REPORT = query("report_delivery")
+_REPORT_MESSAGE = query("report_message")
 
 ReleasedBy = Literal["delivery", "failure", "refusal"]
 
@@ -44,6 +45,14 @@ async def release(db: Executor, jobs: Sequence[JobId], by: ReleasedBy) -> set[Jo
 
 
 async def report(db: Executor, job: JobId | None, message_id: str | None, status: int | None) -> JobId | None:
-    """Record what a callback says of a delivery; None when it is about no batch of ours."""
-    found: int | None = await db.fetchval(_REPORT, job, message_id and storable(message_id), status)
+    """Record what a callback says of a delivery: of the batch that it names, or else of its message.
+
+    Returns:
+        The batch; None when it is about none of ours.
+    """
+    found: int | None = None
+    if job is not None:
+        found = await db.fetchval(_REPORT, job, status)
+    elif message_id:
+        found = await db.fetchval(_REPORT_MESSAGE, storable(message_id), status)
     return None if found is None else JobId(found)

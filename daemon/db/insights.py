@@ -1,5 +1,4 @@
-"""The reads that the command line, and later the web and the metrics, share: usage, spend, gaps, status, the laws; what
-happens right now; and what caused or came of a delivery, a job or a booking.
+"""Reports, the status and the laws: the reads behind `tallyd usage`, `spend`, `gaps`, `status` and `doctor`.
 
 Without `as_of`, sums are taken over the current rows: the same as over the ledger (a law that `doctor` checks), but a
 row is one line there and one line per revision here, and it carries its dimensions with it. With `as_of` they are taken
@@ -9,7 +8,7 @@ over the ledger's deltas that had been booked by then.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -19,7 +18,6 @@ import msgspec
 
 from daemon.db.pool import Database, Record, query
 from daemon.domain.errors import UsageError
-from daemon.domain.job import SYSTEM_KEY
 from daemon.domain.record import Basis
 from daemon.domain.window import rfc3339
 
@@ -30,34 +28,10 @@ _TICKS = query("insights_ticks")
 _STATUS = query("insights_status")
 _LABELS = query("insights_stream_labels")
 _HANDOVERS = query("insights_handovers")
-_REPLICAS = query("insights_replicas")
-_RUNNING = query("insights_running")
-_QUEUE = query("insights_queue")
-_SETTLED = query("insights_settled")
-_FAILURES = query("insights_failures")
-_TICK_OF_REQUEST = query("insights_tick_of_request")
-_SLOT_OF_MESSAGE = query("insights_slot_of_message")
-_DELIVERIES = query("insights_deliveries")
-_BATCHES = query("insights_batches")
-_ATTEMPTS = query("insights_attempts")
-_JOB_OF_SEQ = query("insights_job_of_seq")
-_READS = query("insights_reads")
-_BOOKINGS = query("insights_bookings")
 
-_REPORT_TIMEOUT_S = 600.0
+REPORT_TIMEOUT_S = 600.0
 STALE = timedelta(days=2)
 SKEW_S_MAX = 2.0
-MINUTES = 15
-"""How far back the settled attempts of `activity` reach."""
-FAILURES_FOR = timedelta(days=1)
-LOG_BLOCKS = 1_000
-"""Of the attempts log, from its end: 8 MB, some 80,000 attempts."""
-KIND_ROWS = 10_000
-"""Of each state of the queue, when its kinds are counted."""
-REPLICAS_MAX, RUNNING_MAX, FAILURES_MAX = 100, 100, 20
-ATTEMPTS_MAX, DELIVERIES_MAX = 50, 10
-_OUTCOMES = {1: "done", 2: "retry", 3: "snooze", 4: "dead", 5: "cancelled", 8: "released", 9: "worker lost"}
-OUTCOMES = tuple(_OUTCOMES.values())
 
 # What a key means in SQL, over u (a row's dimensions), c (connection), t (tenant), s (stream).
 _KEYS: dict[str, str] = {
@@ -75,7 +49,6 @@ _KEYS: dict[str, str] = {
     "service_tier": "u.dims ->> 'service_tier'",
     "line_item": "coalesce(u.dims ->> 'line_item', u.dims ->> 'description')",
 }
-GROUP_KEYS = tuple(_KEYS)
 _DIM = re.compile(r"dim:([a-z][a-z0-9_]{0,62})")
 Line = TypeVar("Line")
 METRICS = ("input_tokens", "cache_read_tokens", "cache_write_tokens", "output_tokens", "requests")
@@ -124,7 +97,7 @@ class Question:
     """What to sum: buckets that start in [since, until), None meaning no bound.
 
     Attributes:
-        group_by: of `GROUP_KEYS`, or `dim:<name>` for a provider's own dimension.
+        group_by: of `_KEYS`, or `dim:<name>` for a provider's own dimension.
         cost_sources: (provider, source) pairs that report money, not usage.
         as_of: the answer as it was then; clamped to the oldest open flush.
     """
@@ -233,204 +206,6 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class Replica:
-    """A worker that beats, or did until lately.
-
-    Attributes:
-        beat_s: since its last heartbeat.
-        settled: what it settled within the last minute, by outcome.
-    """
-
-    worker: int
-    info: str
-    beat_s: float
-    up_s: float
-    running: int
-    settled: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class RunningJob:
-    """A job that a worker has. `tenant` is None for the system's own, which mix tenants; the rest is of polls only."""
-
-    id: int
-    kind: str
-    tenant: str | None
-    attempt: int
-    worker: int
-    running_s: float
-    slot_at: datetime | None
-    connections: int | None
-    source: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class KindCount:
-    """How many jobs of a kind are in a state. `is_cut`: at least so many, for the state has more than are looked at."""
-
-    kind: str
-    state: str
-    jobs: int
-    is_cut: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Minute:
-    """What was settled in one of the last minutes, by outcome; the minute `ago` 0 ends now."""
-
-    ago: int
-    settled: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    at: datetime
-    job: int
-    kind: str | None
-    attempt: int
-    outcome: str
-    worker: int | None
-    took_ms: int | None
-    note: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Activity:
-    """What happens right now.
-
-    Attributes:
-        running_total: `running` holds those that run longest.
-        minutes: the last `MINUTES`, newest first; only those that the log was read for.
-        settled_for_s: how far back the log was read for `minutes`.
-        failures: attempts that ended in a retry, as a dead letter or with their worker, newest first.
-    """
-
-    now: datetime
-    replicas: tuple[Replica, ...]
-    running: tuple[RunningJob, ...]
-    running_total: int
-    kinds: tuple[KindCount, ...]
-    minutes: tuple[Minute, ...]
-    settled_for_s: float
-    failures: tuple[Failure, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A message of QStash that asked for a tick. `is_maker`: it is the one that made it."""
-
-    message_id: str
-    at: datetime
-    is_maker: bool
-
-
-@dataclass(frozen=True, slots=True)
-class HandoverHistory:
-    """What became of one batch at QStash; `released_by` is delivery, failure or refusal."""
-
-    place: int
-    message_id: str | None
-    published_at: datetime | None
-    released_at: datetime | None
-    released_by: str | None
-    reported_at: datetime | None
-    reported_status: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class BatchSummary:
-    finished_at: datetime
-    connections: int
-    unchanged: int
-    stored: int
-    restated: int
-    retried: int
-    dead: int
-    requests: int
-    rows: int
-    duration_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class TracedJob:
-    """A job by its state's public name, or "gone" where no log says any more how it ended; then `kind` is None."""
-
-    id: int
-    kind: str | None
-    state: str
-    slot_at: datetime | None
-    request_id: str | None
-    summary: BatchSummary | None
-    handover: HandoverHistory | None
-
-
-@dataclass(frozen=True, slots=True)
-class TracedAttempt:
-    at: datetime
-    attempt: int
-    outcome: str
-    worker: int | None
-    took_ms: int | None
-    note: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Sum:
-    """Money of one currency and one basis."""
-
-    currency: str
-    basis: str
-    amount: Decimal
-
-
-@dataclass(frozen=True, slots=True)
-class Booking:
-    """What one read of one source booked, in revisions. `sums` has nothing of rows without a known price."""
-
-    poll_seq: int
-    job: int
-    booked_at: datetime
-    tenant: str
-    connection: str
-    provider: str
-    source: str
-    new: int
-    restated: int
-    vanished: int
-    repriced: int
-    sums: tuple[Sum, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """From a cause to its bookings.
-
-    Attributes:
-        tick: None for work that belongs to none, such as a backfill.
-        attempts: of a trace of one job, newest first.
-        jobs_total, reads_total: `jobs` and `bookings` are cut to the limit that was asked for.
-        jobs: of the tick, or the one that was asked about.
-    """
-
-    tick: Tick | None
-    deliveries: tuple[Delivery, ...]
-    jobs: tuple[TracedJob, ...]
-    jobs_total: int
-    attempts: tuple[TracedAttempt, ...]
-    bookings: tuple[Booking, ...]
-    reads_total: int
-
-
-class _PollBody(msgspec.Struct):
-    """As much of a poll's body as can be shown."""
-
-    connections: list[int] = []
-    slot: datetime | None = None
-    request_id: str | None = None
-    source: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Check:
     """One verdict of `doctor`; `detail` says what was found, `fix` what to do about it."""
 
@@ -510,7 +285,7 @@ class Insights:
         providers = [provider for provider, _ in question.cost_sources]
         sources = [source for _, source in question.cost_sources]
         return await self._db.fetch(
-            sql, question.since, question.until, as_of, providers, sources, timeout_s=_REPORT_TIMEOUT_S
+            sql, question.since, question.until, as_of, providers, sources, timeout_s=REPORT_TIMEOUT_S
         )
 
     async def _settled(self, as_of: datetime | None) -> datetime | None:
@@ -534,151 +309,17 @@ class Insights:
         """
         row = await self._db.fetchrow(_STATUS)
         assert row is not None  # a select without `from` has one row
-        last = await self._ticks(ticks, None, complete_ratio)
+        last = await read_ticks(self._db, ticks, None, complete_ratio)
         slots = [tick.slot_at for tick in last]
         handovers = tuple(Handovers(**found) for found in await self._db.fetch(_HANDOVERS, slots))
         states = msgspec.json.decode(row["connections"], type=dict[str, int])
         return Status(**{**row, "connections": states}, ticks=last, handovers=handovers)
 
-    async def _ticks(self, limit: int, slot: datetime | None, ratio: float) -> tuple[Tick, ...]:
-        return tuple(Tick(**row).judged(ratio) for row in await self._db.fetch(_TICKS, limit, slot))
-
-    async def activity(self) -> Activity:
-        """What happens right now: short reads, one after the other, whose cost does not grow with the tables."""
-        now = await self._db.now()
-        settled = await self._db.fetch(_SETTLED, timedelta(minutes=MINUTES), LOG_BLOCKS)
-        reached: datetime | None = settled[0]["reached_at"] if settled else None
-        read_for = timedelta(minutes=MINUTES) if reached is None else min(now - reached, timedelta(minutes=MINUTES))
-        kinds = await self._db.fetch(_QUEUE, KIND_ROWS)
-        looked_at = {state: sum(row["jobs"] for row in kinds if row["state"] in state) for state in _TABLES}
-        cut = {name for state, jobs in looked_at.items() if jobs >= KIND_ROWS for name in state}
-        replicas = await self._db.fetch(_REPLICAS, REPLICAS_MAX)
-        running = await self._db.fetch(_RUNNING, RUNNING_MAX)
-        failures = await self._db.fetch(_FAILURES, FAILURES_FOR, LOG_BLOCKS, FAILURES_MAX)
-        return Activity(
-            now=now,
-            replicas=tuple(
-                Replica(
-                    **row,
-                    settled=_by_outcome(s for s in settled if (s["worker"], s["minutes_ago"]) == (row["worker"], 0)),
-                )
-                for row in replicas
-            ),
-            running=tuple(_running(row) for row in running),
-            running_total=sum(row["jobs"] for row in kinds if row["state"] == "running"),
-            kinds=tuple(KindCount(**row, is_cut=row["state"] in cut) for row in kinds),
-            minutes=tuple(
-                Minute(ago, _by_outcome(s for s in settled if s["minutes_ago"] == ago))
-                for ago in range(MINUTES)
-                if ago * 60 < read_for.total_seconds()
-            ),
-            settled_for_s=read_for.total_seconds(),
-            failures=tuple(
-                Failure(**{**row, "outcome": _OUTCOMES.get(row["outcome"], str(row["outcome"]))}) for row in failures
-            ),
-        )
-
-    async def trace_request(self, request_id: str, *, limit: int, complete_ratio: float = 1.0) -> Trace | None:
-        """The tick that a delivery asked for, by its request id or its message's id; None when none is known."""
-        slot = await self._db.fetchval(_TICK_OF_REQUEST, request_id)
-        slot = slot or await self._db.fetchval(_SLOT_OF_MESSAGE, request_id)
-        return None if slot is None else await self.trace_slot(slot, limit=limit, complete_ratio=complete_ratio)
-
-    async def trace_slot(self, slot: datetime, *, limit: int, complete_ratio: float = 1.0) -> Trace | None:
-        """A tick with everything that came of it; None when the slot has none."""
-        tick, deliveries = await self._cause(slot, complete_ratio)
-        if tick is None:
-            return None
-        rows = await self._db.fetch(_BATCHES, slot, tick.created_at, tick.request_id, [], limit)
-        return await self._traced(tick, deliveries, rows, limit=limit)
-
-    async def trace_job(
-        self, job: int, *, limit: int, seq: int | None = None, complete_ratio: float = 1.0
-    ) -> Trace | None:
-        """A job with its tick and what it booked, or what its read `seq` alone did; None when it has left no trace."""
-        rows = await self._db.fetch(_BATCHES, None, None, None, [job], limit)
-        if not rows:
-            return None
-        slot = _traced_job(rows[0]).slot_at
-        tick, deliveries = (None, ()) if slot is None else await self._cause(slot, complete_ratio)
-        trace = await self._traced(tick, deliveries, rows, limit=limit, seq=seq)
-        attempts = tuple(
-            TracedAttempt(**{**row, "outcome": _OUTCOMES.get(row["outcome"], str(row["outcome"]))})
-            for row in await self._db.fetch(_ATTEMPTS, job, ATTEMPTS_MAX)
-        )
-        return replace(trace, attempts=attempts)
-
-    async def trace_seq(self, seq: int, *, limit: int, complete_ratio: float = 1.0) -> Trace | None:
-        """The read `seq`, from what it booked back to its cause; None when it booked nothing that is known."""
-        job = await self._db.fetchval(_JOB_OF_SEQ, seq)
-        if job is None:
-            return None
-        return await self.trace_job(job, limit=limit, seq=seq, complete_ratio=complete_ratio)
-
-    async def _cause(self, slot: datetime, ratio: float) -> tuple[Tick | None, tuple[Delivery, ...]]:
-        ticks = await self._ticks(1, slot, ratio)
-        rows = await self._db.fetch(_DELIVERIES, slot, DELIVERIES_MAX)
-        # A delivery notes itself in the transaction of the tick that it makes, hence at the same now().
-        made_at = ticks[0].created_at if ticks else None
-        deliveries = tuple(Delivery(row["message_id"], row["at"], row["at"] == made_at) for row in rows)
-        return (ticks[0] if ticks else None), deliveries
-
-    async def _traced(
-        self,
-        tick: Tick | None,
-        deliveries: tuple[Delivery, ...],
-        rows: Sequence[Record],
-        *,
-        limit: int,
-        seq: int | None = None,
-    ) -> Trace:
-        jobs = tuple(_traced_job(row) for row in rows)
-        reads = await self._db.fetch(_READS, [job.id for job in jobs], seq, limit)
-        bookings = await self._bookings(reads)
-        jobs_total = rows[0]["total"] if rows else 0
-        return Trace(tick, deliveries, jobs, jobs_total, (), bookings, reads[0]["total"] if reads else 0)
-
-    async def _bookings(self, reads: Sequence[Record]) -> tuple[Booking, ...]:
-        """What reads booked, those of one hour together, so that a job that ran twice scans nothing in between."""
-        spans: dict[datetime, list[Record]] = {}
-        for read in reads:
-            spans.setdefault(read["booked_at"].replace(minute=0, second=0, microsecond=0), []).append(read)
-        bookings: list[Booking] = []
-        for span in spans.values():
-            known = {read["poll_seq"]: read for read in span}
-            since, until = min(read["booked_at"] for read in span), max(read["until"] for read in span)
-            groups: dict[tuple[int, str, str, str, str], list[Record]] = {}
-            for row in await self._db.fetch(_BOOKINGS, list(known), since, until, timeout_s=_REPORT_TIMEOUT_S):
-                key = (row["poll_seq"], row["tenant"], row["connection"], row["provider"], row["source"])
-                groups.setdefault(key, []).append(row)
-            for key, parts in groups.items():
-                read = known[key[0]]
-                counts = {
-                    name: sum(part[name] for part in parts) for name in ("new", "restated", "vanished", "repriced")
-                }
-                sums = tuple(
-                    Sum(part["currency"], part["basis"], part["amount"]) for part in parts if part["amount"] is not None
-                )
-                bookings.append(
-                    Booking(
-                        poll_seq=key[0],
-                        job=read["job_id"],
-                        booked_at=read["booked_at"],
-                        tenant=key[1],
-                        connection=key[2],
-                        provider=key[3],
-                        source=key[4],
-                        **counts,
-                        sums=sums,
-                    )
-                )
-        return tuple(sorted(bookings, key=lambda booking: (booking.poll_seq, booking.tenant, booking.connection)))
-
     async def laws(self) -> list[Check]:
         """Every law that SQL can check, each in one statement."""
         checks = []
         for name, sql, fix in _LAWS:
-            rows = await self._db.fetch(sql, timeout_s=_REPORT_TIMEOUT_S)
+            rows = await self._db.fetch(sql, timeout_s=REPORT_TIMEOUT_S)
             checks.append(Check(name, not rows, await self._described(rows) if rows else "holds", fix if rows else ""))
         return checks
 
@@ -702,6 +343,11 @@ class Insights:
         return "; ".join(shown) + (f"; and {len(rows) - 5} more" if len(rows) > 5 else "")
 
 
+async def read_ticks(db: Database, limit: int, slot: datetime | None, complete_ratio: float) -> tuple[Tick, ...]:
+    """The newest ticks, or the one of `slot`, newest first and judged."""
+    return tuple(Tick(**row).judged(complete_ratio) for row in await db.fetch(_TICKS, limit, slot))
+
+
 def _grouping(group_by: Sequence[str]) -> tuple[list[str], list[str]]:
     keys: list[str] = []
     expressions: list[str] = []
@@ -720,57 +366,3 @@ def _plain(value: object) -> str:
     if isinstance(value, datetime):
         return rfc3339(value)
     return format(value, "f") if isinstance(value, Decimal) else str(value)
-
-
-_TABLES = (("available",), ("scheduled", "retryable"), ("running",), ("discarded",))
-"""Which states share a table of the queue."""
-
-
-def _by_outcome(rows: Iterable[Record]) -> dict[str, int]:
-    """Attempts by outcome, those alone that there are, in the order of `OUTCOMES`."""
-    counts: dict[int, int] = {}
-    for row in rows:
-        counts[row["outcome"]] = counts.get(row["outcome"], 0) + row["jobs"]
-    return {name: counts[code] for code, name in _OUTCOMES.items() if code in counts}
-
-
-def _poll_body(body: bytes | None) -> _PollBody:
-    """What a body says; nothing where another version has written it otherwise."""
-    try:
-        return _PollBody() if body is None else msgspec.json.decode(body, type=_PollBody)
-    except msgspec.MsgspecError:
-        return _PollBody()
-
-
-def _running(row: Record) -> RunningJob:
-    body = _poll_body(row["body"])
-    tenant = None if row["key_id"] == SYSTEM_KEY else row["tenant"] or f"tenant {row['key_id']}"
-    return RunningJob(
-        row["id"],
-        row["kind"],
-        tenant,
-        row["attempt"],
-        row["worker"],
-        row["running_s"],
-        body.slot,
-        len(body.connections) if body.connections else None,
-        body.source,
-    )
-
-
-def _traced_job(row: Record) -> TracedJob:
-    body = _poll_body(row["body"])
-    summary = handover = None
-    if row["finished_at"] is not None:
-        summary = BatchSummary(**{name: row[name] for name in BatchSummary.__dataclass_fields__})
-    if row["place"] is not None:
-        handover = HandoverHistory(**{name: row[name] for name in HandoverHistory.__dataclass_fields__})
-    return TracedJob(
-        row["id"],
-        row["kind"],
-        row["state"],
-        row["slot_at"] or body.slot,
-        row["request_id"] or body.request_id,
-        summary,
-        handover,
-    )

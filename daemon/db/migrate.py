@@ -7,18 +7,26 @@ Code meets a schema that is one step newer during a rolling upgrade, and must li
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import anyio
+import asyncpg
+import structlog
+
 from daemon.db.pool import Database, Executor
-from daemon.domain.errors import ConfigError
+from daemon.domain.errors import ConfigError, StorageUnavailableError
 
 _FOLDER = Path(__file__).with_name("migrations")
 _FILE_NAME = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
 _LOCK = 0x7461_6C6C_7964  # "tallyd"
 _STATEMENT_TIMEOUT_MS = 30 * 60_000
+_LOCK_TIMEOUT_MS = 2_000
+
+log = structlog.get_logger()
 
 _TABLE = """
 create table if not exists schema_migration (
@@ -85,13 +93,28 @@ async def migrate(db: Database, migrations: Sequence[Migration] | None = None) -
         ConfigError: the database is too new for this code, or a migration was changed after it had been applied.
     """
     wanted = load() if migrations is None else migrations
+    is_waiting = False
     while True:
-        async with db.transaction(lock_timeout_ms=0, statement_timeout_ms=_STATEMENT_TIMEOUT_MS) as tx:
-            await tx.execute("select pg_advisory_xact_lock($1)", _LOCK)
-            await tx.execute(_TABLE)
-            pending = _pending(wanted, await _applied(tx))
-            if not pending:
-                return await status(tx, wanted)
+        try:
+            if await _step(db, wanted):
+                return await status(db, wanted)
+        except StorageUnavailableError as error:
+            if not isinstance(error.__cause__, asyncpg.LockNotAvailableError):
+                raise
+            # Behind a dump or a report. Whoever waits for such a lock blocks everybody who comes after, so not long.
+            if not is_waiting:
+                log.warning("migration.waiting", reason=str(error))
+            is_waiting = True
+            await anyio.sleep(random.uniform(0.5, 1.5))  # noqa: S311 - spreads those who wait, guards nothing
+
+
+async def _step(db: Database, wanted: Sequence[Migration]) -> bool:
+    """Apply the first that is missing, in a transaction. True when none is."""
+    async with db.transaction(lock_timeout_ms=_LOCK_TIMEOUT_MS, statement_timeout_ms=_STATEMENT_TIMEOUT_MS) as tx:
+        await tx.execute("select pg_advisory_xact_lock($1)", _LOCK)
+        await tx.execute(_TABLE)
+        pending = _pending(wanted, await _applied(tx))
+        if pending:
             step = pending[0]
             await tx.execute(step.sql)
             await tx.execute(
@@ -100,6 +123,7 @@ async def migrate(db: Database, migrations: Sequence[Migration] | None = None) -
                 step.name,
                 step.sha256,
             )
+        return not pending
 
 
 async def status(db: Executor, migrations: Sequence[Migration] | None = None) -> Status:

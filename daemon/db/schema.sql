@@ -359,6 +359,8 @@ CREATE INDEX due_at ON public.due USING btree (run_at);
 
 CREATE INDEX due_id ON public.due USING btree (id);
 
+CREATE INDEX handover_message ON public.handover USING btree (message_id) WHERE (message_id IS NOT NULL);
+
 CREATE INDEX handover_slot ON public.handover USING btree (slot_at);
 
 CREATE INDEX ledger_booked ON public.ledger USING btree (booked_at);

@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 
 import anyio
 
+from daemon.domain.errors import UpstreamUnavailableError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -69,6 +71,10 @@ class Gatherer(Generic[Item, Result]):
         except Exception as error:  # noqa: BLE001 - raised again in each call of the round
             for call in taken:
                 call.error = error
+        except BaseException:
+            for call in taken:
+                call.error = UpstreamUnavailableError("the round was cut short")
+            raise
         finally:
             for call in taken:
                 call.is_over = True

@@ -119,6 +119,8 @@ class Publisher:
         self._db = db
         self._waker = waker
         self._settings = settings
+        if settings is not None:
+            import qstash  # noqa: F401, PLC0415 - see above: now, and not in the middle of the work
         self._client: AsyncQStash | None = None
         self._stack = AsyncExitStack()
 

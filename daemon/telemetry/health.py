@@ -6,11 +6,15 @@ from collections.abc import Awaitable, Callable
 from time import monotonic
 
 import anyio
+import structlog
 
 from daemon.domain.errors import DaemonError
 
 CHECK_S = 2.0
+FAILED = "failed; the log says why"
 FRESH_S = 1.0
+
+log = structlog.get_logger()
 
 Check = Callable[[], Awaitable[str | None]]
 """What is wrong, in a sentence; None when all is well."""
@@ -34,17 +38,23 @@ class Health:
         """By check, what is wrong with it, or None. Never raises, and takes a few seconds at the most."""
         async with self._lock:
             if self._clock() - self._found_at >= FRESH_S:
-                self._found = {name: await _ask(check) for name, check in self._checks.items()}
+                self._found = {name: await self._ask(name, check) for name, check in self._checks.items()}
                 self._found_at = self._clock()
             drain = {"service": "it is draining"} if self.is_draining else {"service": None}
             return drain | self._found
 
-
-async def _ask(check: Check) -> str | None:
-    try:
-        with anyio.fail_after(CHECK_S):
-            return await check()
-    except DaemonError as error:
-        return str(error)
-    except TimeoutError:
-        return f"no answer within {CHECK_S:g} s"
+    async def _ask(self, name: str, check: Check) -> str | None:
+        """Strangers may read the answer, so the reason of a failure goes to the log alone, as it begins and as it ends."""
+        reason = None
+        try:
+            with anyio.fail_after(CHECK_S):
+                found = await check()
+        except DaemonError as error:
+            found, reason = FAILED, str(error)
+        except TimeoutError:
+            found, reason = FAILED, f"no answer within {CHECK_S:g} s"
+        if reason is not None and self._found.get(name) != FAILED:
+            log.warning("health.check_failed", check=name, reason=reason)
+        if reason is None and self._found.get(name) == FAILED:
+            log.info("health.check_recovered", check=name)
+        return found

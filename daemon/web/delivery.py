@@ -24,7 +24,7 @@ from daemon.telemetry.traces import span
 from daemon.triggers.qstash import ORCHESTRATE_PATH, Deliveries, Door, message_id
 
 RETRY_AFTER_S = 15
-DISCARD_RATIO = 8
+DISCARD_RATIO = 4
 """A body that is too large is read on for so many times its limit, so that its sender gets to read our answer."""
 ID_CHARS_MAX = 200
 

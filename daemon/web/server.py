@@ -23,8 +23,11 @@ from daemon.web.delivery import json_response
 
 BACKLOG = 512
 CONNECTIONS_MAX = 512
-"""Open at once; above it answers are 503. Times 1 MiB of body it is also what strangers can make us hold."""
+"""Open at once; the next one is told 503. Times 1 MiB of body it is also what strangers can make us hold."""
 HEAD_S = 10.0
+HEAD_BYTES_MAX = 64 << 10
+MESSAGE_BYTES_MAX = 6 << 20
+"""Of a request with everything, what is read on of a body that is too large included."""
 KEEP_ALIVE_S = 75
 FAREWELL_S = 5
 
@@ -48,6 +51,8 @@ def bind(setting: str, address: Address) -> socket.socket:
         except OSError:
             listener.close()
             raise
+    except UnicodeError as error:
+        raise ConfigError([f"{setting}: {address} is no host name; give an address of this machine"]) from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             problem = "is in use; stop what listens there, or choose another port (0 picks a free one)"
@@ -84,7 +89,6 @@ class Listener:
                 server_header=False,
                 proxy_headers=False,
                 backlog=BACKLOG,
-                limit_concurrency=CONNECTIONS_MAX,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=FAREWELL_S,
             )
@@ -105,7 +109,9 @@ class Listener:
 
 
 def _app(routes: Sequence[BaseRoute]) -> Starlette:
-    return Starlette(routes=list(routes), exception_handlers={HTTPException: _refuse})
+    app = Starlette(routes=list(routes), exception_handlers={HTTPException: _refuse})
+    app.router.redirect_slashes = False  # it would send people to whatever host their request names
+    return app
 
 
 async def _refuse(_request: Request, error: Exception) -> Response:
@@ -122,37 +128,74 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's, which waits for ever for the head of a request; this one says 408 after a while."""
+    """uvicorn's, with bounds that it lacks: on heads, whole messages, silence, and the number of connections."""
 
-    _head_timer: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
+    _is_in_head = False
+    _is_in_body = False
+    _head_bytes = 0
+    _message_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
-        self._await_head()
+        if len(self.connections) > CONNECTIONS_MAX:
+            self._refuse(b"503 Service Unavailable")
+        else:
+            self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        self._message_bytes += len(data)
+        if self._is_in_head:
+            self._head_bytes += len(data)
+        if self._head_bytes > HEAD_BYTES_MAX:
+            self._refuse(b"431 Request Header Fields Too Large")
+        elif self._message_bytes > MESSAGE_BYTES_MAX:
+            self._refuse(b"413 Content Too Large")
+        elif not self._is_in_body and (self.cycle is None or self.cycle.response_complete):  # type: ignore[redundant-expr]  # uvicorn begins with None there
+            # Any byte stops uvicorn's own timer for silent connections, also one that begins no request.
+            self._await_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._await_head()
+        self._is_in_head, self._head_bytes, self._message_bytes = True, 0, 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_body:
+            raise ValueError("trailers are not taken")  # they would join the headers of a request that is under way
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._stop_waiting()
+        self._is_in_head, self._is_in_body, self._head_bytes = False, True, 0
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._is_in_body, self._message_bytes = False, 0
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_in_body and not self.transport.is_closing():
+            self.transport.close()  # answered before its body was read: what is still to come is nobody's
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_S, self._give_up)
+        if self._timer is None and not self.transport.is_closing():
+            self._timer = self.loop.call_later(HEAD_S, self._refuse, b"408 Request Timeout")
 
     def _stop_waiting(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-    def _give_up(self) -> None:
-        self._head_timer = None
+    def _refuse(self, status: bytes) -> None:
+        self._stop_waiting()
         if not self.transport.is_closing():
-            self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+            self.transport.write(b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
             self.transport.close()

@@ -315,6 +315,19 @@ async def test_a_service_manager_is_told(tallyd: Tallyd, tmp_path: Path) -> None
         assert await replica.ended() == 0
 
 
+async def test_a_signal_while_it_starts_ends_it(tallyd: Tallyd, database_url: str) -> None:
+    """Also as process 1 of a container, which the system protects from signals that it does not handle."""
+    db = await Database.open(database_url, pool_max=2)
+    async with db.transaction() as tx:
+        await tx.execute("set local idle_in_transaction_session_timeout = 0")
+        await tx.fetch("select pg_advisory_xact_lock($1)", 0x7461_6C6C_7964)
+        replica = tallyd.run()
+        await replica.has_logged("migration.waiting")
+        replica.signal(signal.SIGTERM)
+        assert await replica.ended() == 128 + signal.SIGTERM
+    await db.close()
+
+
 # ── What cannot work is named at the start ──────────────────────────────────────────────────────
 
 

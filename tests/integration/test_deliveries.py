@@ -63,6 +63,12 @@ def lines(log: StringIO, event: str) -> list[dict[str, Any]]:
     return [line for line in found if line["event"] == event]
 
 
+def deep_token(iat: str) -> str:
+    """A token whose claims nobody has signed, with something odd for a time."""
+    claims = base64.urlsafe_b64encode(f'{{"iat":{iat}'.encode()).decode().rstrip("=")
+    return f"e30.{claims}.e30"
+
+
 async def add_connections(db: Database, count: int) -> None:
     await db.execute("insert into tenant (name) values ('acme')")
     await db.execute(
@@ -116,6 +122,8 @@ async def at_once(count: int, send: Any) -> list[httpx.Response]:
         {"body": 5},
         {"sub": None},
         {"body_bytes": b"\xff\xfe{}"},
+        {"headers": {"upstash-signature": deep_token("[" * 3_000)}},
+        {"headers": {"upstash-signature": deep_token("1" + "0" * 400)}},
     ],
     ids=lambda fault: ",".join(f"{name}" for name in fault),
 )
@@ -213,6 +221,7 @@ OTHER_FORMS = (
     (ORCHESTRATE, b'{"slots": "2026-11-26T10:00:00Z"}', "slots"),
     (ORCHESTRATE, b'{"slot": "2199-01-01T00:00:00Z"}', "future"),
     (ORCHESTRATE, b'{"slot": "2026-11-26T10:00:01Z"}', "no start of a"),
+    (ORCHESTRATE, b'{"slot": "0001-01-01T00:00:00+23:59"}', "calendar"),
     (WORKER, b"", "body"),
     (WORKER, b"{}", "batch"),
     (WORKER, b'{"batch": "1"}', "$.batch"),
@@ -275,6 +284,58 @@ async def test_a_head_that_does_not_arrive_ends_in_408(db: Database, monkeypatch
         assert (await web.raw()).startswith(b"HTTP/1.1 408 ")
 
 
+async def test_a_head_without_end_is_cut(web: Web) -> None:
+    """Many headers, one long one, or trailers: nobody's memory is ours to fill."""
+    start = f"POST {ORCHESTRATE} HTTP/1.1\r\nhost: x\r\n".encode()
+    for head in (
+        start + b"x: y\r\n" * 20_000,
+        start + b"x: " + b"y" * 100_000,
+        b"GET /" + b"a" * 100_000,
+    ):
+        pieces = [head[at : at + 4_096] for at in range(0, len(head), 4_096)]
+        with anyio.fail_after(5):  # well before the time for heads is over
+            assert (await web.raw(*pieces))[:13] in (b"", b"HTTP/1.1 431 "), head[:60]
+    chunked = start + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nx: y\r\n"
+    assert (await web.raw(chunked + b"\r\n")).startswith(b"HTTP/1.1 400 ")
+    endless = [b"z" * 65_536] * 1_000
+    with anyio.fail_after(5):
+        assert (await web.raw(chunked[:-6] + b"x: ", *endless))[:13] in (b"", b"HTTP/1.1 413 ")
+    assert await web.counts() == NOTHING
+
+
+async def test_a_connection_that_says_nothing_is_closed_whatever_it_did_before(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 of them would shut everybody else out."""
+    monkeypatch.setattr("daemon.web.server.HEAD_S", 0.05)
+    async with await anyio.connect_tcp("127.0.0.1", int(web.url.rpartition(":")[2])) as stream:
+        await stream.send(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert b" 404 " in await stream.receive()
+        await stream.send(b"\r\n")  # begins no request, and stops the timer for silent connections
+        with anyio.fail_after(5):
+            assert b" 408 " in await stream.receive()
+    unread = b"POST /nothing HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n"
+    assert b" 404 " in await web.raw(unread, b"z")
+
+
+async def test_more_connections_than_are_bearable_are_told_at_once(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daemon.web.server.CONNECTIONS_MAX", 3)
+    port = int(web.url.rpartition(":")[2])
+    streams = [await anyio.connect_tcp("127.0.0.1", port) for _ in range(3)]
+    assert (await web.raw()).startswith(b"HTTP/1.1 503 ")
+    for stream in streams:
+        await stream.aclose()
+    with anyio.fail_after(5):
+        while (await web.client.get("/nothing")).status_code != 404:
+            await anyio.lowlevel.checkpoint()
+
+
+async def test_nobody_is_sent_to_another_host(web: Web) -> None:
+    answer = await web.client.post(f"{WORKER}/", headers={"host": "evil.example"})
+    assert answer.status_code == 404
+    assert "location" not in answer.headers
+
+
 async def test_a_sender_that_goes_away_leaves_nothing(web: Web, log: StringIO) -> None:
     head = f"POST {ORCHESTRATE} HTTP/1.1\r\nhost: x\r\ncontent-length: 200\r\n\r\n{{".encode()
     async with await anyio.connect_tcp("127.0.0.1", int(web.url.rpartition(":")[2])) as stream:
@@ -302,7 +363,8 @@ async def test_postgres_away_is_503_and_passes(database_url: str) -> None:
         async with open_web(db) as web:
             (batch,) = await hand_over(web)
             await relay.cut()
-            for path, body in ((ORCHESTRATE, {}), (WORKER, {"batch": batch}), (CALLBACK, {}), (FAILURE, {})):
+            told = failure_of(batch)
+            for path, body in ((ORCHESTRATE, {}), (WORKER, {"batch": batch}), (CALLBACK, told), (FAILURE, told)):
                 answer = await web.deliver(path, body)
                 assert answer.status_code == 503, (path, answer.text)
                 assert int(answer.headers["retry-after"]) > 0
@@ -462,6 +524,7 @@ async def test_a_failure_brings_its_batch_forward_once(web: Web) -> None:
         {},
         {"status": "503", "sourceMessageId": 7, "sourceBody": "###"},
         {"status": [1], "sourceMessageId": None, "sourceBody": 5},
+        {"status": 200, "sourceBody": "\u00e4\u00f6"},
         {"status": 10**30, "sourceBody": base64.b64encode(b"{}").decode()},
         {"status": -1, "sourceMessageId": "msg\u0000", "sourceBody": base64.b64encode(b'{"batch":"x"}').decode()},
         {"sourceHeader": {"a": ["b"]}, "notBefore": "1", "createdAt": 1, "unheard": {"of": 1}},

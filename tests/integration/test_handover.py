@@ -191,15 +191,26 @@ async def test_a_spent_day_is_not_asked_again_before_its_reset(road: Road, qstas
     assert await road.db.fetchval("select until > now() from pause where host = 'qstash'")
     asked = qstash.refused
     qstash.clear()
-    await road.db.execute("update handover set released_at = null, released_by = null")
+    await wait_again(road)
     job = await published_again(road)
     assert (await road.run(job)).note == "refused: paused"
     assert (qstash.refused, len(qstash.messages)) == (asked, 0)
     assert refusals(log)[-1]["level"] == "info", "a fault is told when it begins"
     await road.db.execute("update pause set until = now()")
-    await road.db.execute("update handover set released_at = null, released_by = null")
+    await wait_again(road)
     assert (await road.run(await published_again(road))).note is None
     assert len(qstash.messages) == BATCHES
+
+
+async def wait_again(road: Road) -> None:
+    """As if the batches had not been released."""
+    await road.db.execute("update handover set released_at = null, released_by = null")
+    await road.db.execute(
+        """with x as (delete from ready where id = any($1::bigint[]) returning *)
+           insert into due (run_at, key_id, prio, id, attempt, losses, token)
+           select now() + interval '1 hour', key_id, prio, id, 0, 0, 0 from x""",
+        road.batches,
+    )
 
 
 async def published_again(road: Road) -> Job:
@@ -276,6 +287,14 @@ async def test_at_the_deadline_batches_run_without_qstash(road: Road, qstash: St
     await qstash.idle()
     assert [message.state for message in qstash.messages] == ["delivered"] * BATCHES
     assert not await road.ready()
+
+
+async def test_what_its_deadline_let_go_is_not_published_any_more(road: Road, qstash: StandIn) -> None:
+    """All slots were busy until then: a message each would be paid for nothing."""
+    await road.db.execute("update due set run_at = now()")
+    await road.queue.promote()
+    assert (await road.publish()).note == "nothing left to publish"
+    assert not qstash.messages
 
 
 async def test_a_replica_without_a_token_lets_the_batches_run(road: Road, log: StringIO) -> None:

@@ -9,12 +9,13 @@ from decimal import Decimal
 import pytest
 
 from daemon.db.connections import ConnectionStore, NewConnection
-from daemon.db.insights import Insights, Question
+from daemon.db.insights import Handovers, Insights, Question
 from daemon.db.pool import Database
 from daemon.db.secrets import Keyring
 from daemon.db.tenants import TenantStore
 from daemon.domain.connection import Secret
 from daemon.domain.errors import UsageError
+from tests.tick_kit import SLOT, summarise
 
 pytestmark = pytest.mark.anyio
 
@@ -203,6 +204,80 @@ async def test_status_counts(insights: Insights, db: Database) -> None:
     status = await insights.status()
     assert (status.tenants, status.connections, status.unpriced_rows, status.dead_letters) == (1, {"active": 1}, 1, 0)
     assert [(tick.batches, tick.batches_done) for tick in status.ticks] == [(1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "summaries", "done_in_time", "is_complete"),
+    [
+        # The deadline is ahead: open until all are done.
+        ("deadline_at = now() + interval '1 h'", [], None, None),
+        ("deadline_at = now() + interval '1 h', finished_at = now()", ["0", "0"], None, True),
+        # It has passed, and no replica has judged the tick: counted here, as it would be.
+        ("deadline_at = now() - interval '1 min'", ["2 min", "0"], 1, False),
+        ("deadline_at = now() - interval '1 min', finished_at = now()", ["2 min", "3 min"], 2, True),
+        # Judged: what was stored then holds, whatever is done since.
+        ("deadline_at = now() - interval '1 min', done_in_time = 1, finished_at = now()", ["2 min", "3 min"], 1, False),
+        # A tick of the version before.
+        ("deadline_at = null, finished_at = now()", ["0", "0"], None, True),
+        ("deadline_at = null", ["0"], None, None),
+    ],
+)
+async def test_tick_is_complete_by_what_was_done_until_its_deadline(
+    insights: Insights,
+    db: Database,
+    columns: str,
+    summaries: list[str],
+    done_in_time: int | None,
+    is_complete: bool | None,
+) -> None:
+    await db.execute("insert into tick (slot_at, connections, batches, via) values ($1, 2, 2, 'fallback')", SLOT)
+    await db.execute(f"update tick set {columns}")
+    for job, ago in enumerate(summaries, start=1):
+        await summarise(db, job, slot=SLOT, ago=ago)
+    await summarise(db, 90, slot=SLOT, kind="poll_one")  # a retry is no batch
+    (tick,) = (await insights.status()).ticks
+    assert (tick.via, tick.batches, tick.batches_done) == ("fallback", 2, len(summaries))
+    assert (tick.done_in_time, tick.is_complete) == (done_in_time, is_complete)
+
+
+async def test_tick_is_complete_from_the_configured_ratio_on(insights: Insights, db: Database) -> None:
+    await db.execute(
+        "insert into tick (slot_at, connections, batches, deadline_at, done_in_time) values ($1, 9, 20, now(), 19)",
+        SLOT,
+    )
+    for ratio, verdict in ((0.95, True), (0.96, False)):
+        assert (await insights.status(complete_ratio=ratio)).ticks[0].is_complete is verdict
+
+
+async def test_handed_over_batches_are_told_apart_by_what_released_them(insights: Insights, db: Database) -> None:
+    await db.execute("insert into tick (slot_at, connections, batches) values ($1, 1, 6)", SLOT)
+    await db.execute(
+        """
+        insert into handover (job_id, slot_at, place, message_id, published_at, released_at, released_by) values
+          (1, $1, 1, 'm1', now(), now(), 'delivery'), (2, $1, 2, 'm2', now(), now(), 'delivery'),
+          (3, $1, 3, 'm3', now(), now(), 'failure'), (4, $1, 4, null, null, now(), 'refusal'),
+          (5, $1, 5, 'm5', now(), null, null), (6, $1, 6, null, null, null, null), (7, $1, 7, 'm7', now(), null, null),
+          (8, $1 - interval '1 day', 1, 'old', now(), null, null)
+        """,
+        SLOT,
+    )
+    # 5 still waits for its first attempt; 6 is over; 7 ran at its deadline, and waits for another attempt.
+    await db.execute("insert into due values (now() + interval '1 min', 0, 50, 5, 0, 0, 0), (now(), 0, 50, 7, 1, 0, 1)")
+    status = await insights.status()
+    assert status.handovers == (
+        Handovers(SLOT, batches=7, published=5, delivery=2, failure=1, refusal=1, waiting=1, deadline=2),
+    )
+
+
+@pytest.mark.parametrize(("until", "is_paused"), [("1 hour", True), ("-1 second", False)])
+async def test_running_pause_of_qstash_is_told(insights: Insights, db: Database, until: str, is_paused: bool) -> None:
+    await db.execute(
+        "insert into pause values ('qstash', '', now() + $1::text::interval, 'spent'), ('x', '', now() + interval '1 d', '')",
+        until,
+    )
+    status = await insights.status()
+    assert status.qstash_pause_reason == ("spent" if is_paused else None)
+    assert (status.qstash_paused_s is not None and 3_500 < status.qstash_paused_s <= 3_600) is is_paused
 
 
 async def test_every_law_holds_on_sound_rows(insights: Insights, db: Database) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+import structlog
 
 from daemon.db import migrate as module
 from daemon.db.migrate import Migration, dump_schema, load, migrate, status
@@ -52,6 +53,31 @@ async def test_processes_that_start_together_apply_each_migration_once(empty_dat
     assert await db.fetchval("select count(*) from one") == 1
     assert [r["version"] for r in await db.fetch("select version from schema_migration order by 1")] == [1, 2, 3]
     await db.close()
+
+
+async def test_a_migration_that_waits_lets_others_pass(empty_database_url: str, empty: Database) -> None:
+    """Behind a dump it would otherwise stop every flush for as long: its lock request blocks whoever comes after."""
+    await migrate(empty, [ONE])
+    reader = await Database.open(empty_database_url, pool_max=1)
+    other = await Database.open(empty_database_url, pool_max=1)
+    wider = Migration(2, "wider", "alter table one add column more int")
+    waits = anyio.Event()
+
+    def told(_logger: object, _method: str, event: dict[str, object]) -> dict[str, object]:
+        if event["event"] == "migration.waiting":
+            waits.set()
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[told])
+    async with anyio.create_task_group() as group, reader.transaction() as tx:
+        await tx.execute("set local idle_in_transaction_session_timeout = 0; select from one")
+        group.start_soon(migrate, empty, [ONE, wider])
+        with anyio.fail_after(15):
+            await waits.wait()
+        await other.execute("insert into one values (7)")
+    assert await other.fetchval("select count(*) from one where more is null") == 1
+    await reader.close()
+    await other.close()
 
 
 async def test_failing_migration_leaves_nothing_of_itself(empty: Database) -> None:

@@ -310,6 +310,47 @@ async def test_a_fallback_waits_for_its_grace_and_then_stands_in(db: Database) -
 
 
 @anyio_mark
+async def test_an_order_that_comes_just_before_its_slot_waits_for_it(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QStash's clock is ahead: answered at once, the order would find the old slot made, and the new one unmade."""
+    await add_connections(db, 3)
+    day = TickSettings(tick_s=86_400)
+    midnight = floor_to(await db.now(), 86_400)
+    early = Occasion(via="qstash", message_id="msg_1", early_s=10)
+    clock = iter([midnight - timedelta(seconds=2), midnight - timedelta(seconds=0.5), midnight])
+    waits: list[float] = []
+
+    async def now(_self: Database) -> datetime:
+        return next(clock)
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    await db.execute("insert into tick (slot_at, connections, batches) values ($1, 0, 0)", midnight - timedelta(days=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "now", now)
+        patch.setattr("daemon.orchestrate.anyio.sleep", sleep)
+        made = await tick(db, PostgresQueue(db), day, occasion=early)
+    assert (made.slot, made.created, waits) == (midnight, True, [2.0, 0.5])
+
+
+@anyio_mark
+async def test_an_early_order_makes_the_slot_that_it_came_in_where_that_has_none(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    day = TickSettings(tick_s=86_400)
+    midnight = floor_to(await db.now(), 86_400)
+
+    async def now(_self: Database) -> datetime:
+        return midnight - timedelta(seconds=2)
+
+    monkeypatch.setattr(Database, "now", now)
+    made = await tick(db, PostgresQueue(db), day, occasion=Occasion(via="qstash", message_id="msg_1", early_s=10))
+    assert (made.slot, made.created) == (midnight - timedelta(days=1), True)
+
+
+@anyio_mark
 async def test_delivery_and_fallback_race_for_a_slot_and_one_wins(many: list[Database]) -> None:
     await add_connections(many[0], 30)
     await current_slot(many[0])

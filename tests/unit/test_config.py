@@ -206,13 +206,25 @@ def test_regions_have_keys_of_their_own() -> None:
         ({"TALLYD_TRIGGER": "qstash", **KEYS, **PUBLIC, "TALLYD_LISTEN": "none"}, "listen: none, but trigger qstash"),
         (
             {"TALLYD_TRIGGER": "both", **KEYS, **PUBLIC, "TALLYD_FALLBACK_GRACE_S": "300"},
-            "fallback_grace_s: 300 is not shorter",
+            "fallback_grace_s: 300 is more than half a tick",
         ),
         ({"TALLYD_ROLE": "listener", "TALLYD_LISTEN": "none"}, "role listener does nothing else"),
         ({"TALLYD_LISTEN_PRIVATE": "127.0.0.1:8080"}, "listen_private: is 127.0.0.1:8080, as listen is"),
         ({"TALLYD_LISTEN": "8080"}, "write HOST:PORT"),
         ({"TALLYD_PUBLIC_URL": "https://me@tallyd.example/?a=1"}, "without query or user"),
         ({"TALLYD_QSTASH_TOKEN": "x"}, "its name is QSTASH_TOKEN"),
+        ({"TALLYD_PUBLIC_URL": "https://tallyd.example:99999"}, "write it as https://"),
+        ({"TALLYD_PUBLIC_URL": "https://tallyd.example/a b"}, "write it as https://"),
+        ({"QSTASH_URL": "http://qstash.example.com"}, "would show the token"),
+        (
+            {
+                "TALLYD_TRIGGER": "qstash",
+                **PUBLIC,
+                "QSTASH_URL": "https://qstash-us-east-1.upstash.io",
+                **{f"EU_CENTRAL_1_{name}": value for name, value in KEYS.items()},
+            },
+            "us_east_1_qstash_current_signing_key: not set",
+        ),
         ({"TALLYD_TICK_COMPLETE_RATIO": "2"}, "give a ratio from 0 to 1"),
         ({"TALLYD_QSTASH_CRON": "* * * *"}, "4 fields"),
     ],
@@ -226,6 +238,12 @@ def test_a_local_server_in_place_of_the_cloud_may_deliver_anywhere() -> None:
     assert load(env={"TALLYD_TRIGGER": "qstash", **KEYS, **local}).qstash_url == "http://127.0.0.1:9000"
     cloud = {**local, "QSTASH_URL": "https://qstash-us-east-1.upstash.io"}
     assert "cannot be reached" in problems_of(env={"TALLYD_TRIGGER": "qstash", **KEYS, **cloud})[0]
+
+
+def test_a_worker_needs_no_keys_that_it_never_uses() -> None:
+    assert load(env={"TALLYD_TRIGGER": "qstash", "TALLYD_ROLE": "worker"}).signing_keys == {}
+    told = problems_of(env={"TALLYD_TRIGGER": "qstash", "TALLYD_ROLE": "worker", "QSTASH_TOKEN": "t"})
+    assert told[0].startswith("public_url: not set")
 
 
 def test_variables_of_others_may_be_empty(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ create table handover (
   reported_status int
 );
 create index handover_slot on handover (slot_at);
+create index handover_message on handover (message_id) where message_id is not null;
 
 -- Messages of QStash that asked for a tick: each counts once, however often it is delivered.
 create table delivery (

@@ -40,12 +40,18 @@ returning t.slot_at, t.batches, t.done_in_time, t.deadline_at
 insert into handover (job_id, slot_at, place) select id, $2, place from unnest($1::bigint[]) with ordinality as u(id, place)
 
 -- name: unpublished_batches
-select job_id, place from handover
-where job_id = any($1::bigint[]) and message_id is null and released_at is null order by place
+-- One that its deadline has let go already needs no message any more.
+select job_id, place from handover h
+where job_id = any($1::bigint[]) and message_id is null and released_at is null
+  and exists (select from due d where d.id = h.job_id and d.attempt = 0)
+order by place
 
 -- name: mark_published
+-- Locked in order, as a release does: deliveries may come before this.
+with mine as materialized (
+  select job_id from handover where job_id = any($1::bigint[]) order by job_id for update)
 update handover h set message_id = u.message_id, published_at = now()
-from unnest($1::bigint[], $2::text[]) as u(job_id, message_id) where h.job_id = u.job_id
+from unnest($1::bigint[], $2::text[]) as u(job_id, message_id) join mine using (job_id) where h.job_id = u.job_id
 
 -- name: release_batches
 -- Due to ready, once: a batch that runs, is done, or waits for another attempt is left alone.
@@ -61,8 +67,10 @@ r as (
 select id from x
 
 -- name: report_delivery
-update handover set reported_at = now(), reported_status = $3
-where job_id = $1 or message_id = $2 returning job_id
+update handover set reported_at = now(), reported_status = $2 where job_id = $1 returning job_id
+
+-- name: report_message
+update handover set reported_at = now(), reported_status = $2 where message_id = $1 returning job_id
 
 -- name: prune_handovers
 delete from handover where job_id in (

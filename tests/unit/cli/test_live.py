@@ -13,7 +13,7 @@ from rich.console import Console
 from daemon.app import Activity, QueueStats
 from daemon.cli.live import Away, draw_top, follow, framed, section, share, span
 from daemon.cli.main import main
-from daemon.db.insights import Failure, KindCount, Minute, Replica, RunningJob
+from daemon.db.activity import Failure, KindCount, Minute, Replica, RunningJob
 from daemon.domain.errors import PermanentError, StorageUnavailableError
 
 NOW = datetime(2026, 11, 26, 14, 38, 19, tzinfo=UTC)

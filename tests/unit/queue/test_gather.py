@@ -133,3 +133,25 @@ async def test_a_leader_that_is_cancelled_as_it_is_appointed_hands_on(rounds: Ro
         scopes[1].cancel()  # in the same turn of the loop in which it becomes the leader
     assert answers[2] == 20
     assert await gather(9) == 90
+
+
+async def test_a_round_that_is_torn_down_gives_nobody_an_answer_that_is_none() -> None:
+    """A server that shuts down cancels tasks by force, which no scope holds off."""
+    import asyncio
+
+    begun = anyio.Event()
+
+    async def act(items: Sequence[int]) -> list[int]:
+        begun.set()
+        await anyio.sleep_forever()
+        return list(items)
+
+    gather = Gatherer(act)
+    leader = asyncio.create_task(gather(1))
+    await begun.wait()
+    first_round = gather._is_led
+    leader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leader
+    assert first_round
+    assert not gather._is_led, "the next call leads"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import anyio
 import pytest
+from structlog.testing import capture_logs
 
 from daemon.domain.errors import StorageUnavailableError
 from daemon.telemetry import health as module
-from daemon.telemetry.health import Health
+from daemon.telemetry.health import FAILED, Health
 from daemon.telemetry.systemd import ServiceManager
 
 pytestmark = pytest.mark.anyio
@@ -40,10 +41,14 @@ async def test_each_check_tells_what_is_wrong_and_none_raises(monkeypatch: pytes
 
     for name, check in (("a", well), ("b", ill), ("c", away), ("d", anyio.sleep_forever)):
         health.add(name, check)  # type: ignore[arg-type]
-    found = await health.problems()
+    with capture_logs() as logs:
+        found = await health.problems()
     assert found == {
-        "service": None, "a": None, "b": "it limps", "c": "database: away", "d": "no answer within 0.01 s",
+        "service": None, "a": None, "b": "it limps", "c": FAILED, "d": FAILED,
     }  # fmt: skip
+    assert [(line["check"], line["reason"]) for line in logs] == [
+        ("c", "database: away"), ("d", "no answer within 0.01 s"),
+    ]  # fmt: skip
 
 
 async def test_a_crowd_that_asks_costs_one_check_a_second() -> None:
