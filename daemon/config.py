@@ -367,7 +367,10 @@ def load(
     if "data_dir" not in found.raw:
         import platformdirs  # noqa: PLC0415 -- only needed for the default
 
-        values["data_dir"] = Path(platformdirs.user_data_path("tallyd"))
+        try:
+            values["data_dir"] = Path(platformdirs.user_data_path("tallyd"))
+        except RuntimeError:  # a user without a home, as in bare containers: only the embedded database needs one
+            values["data_dir"] = Path("/var/lib/tallyd")
     _check_together(values, found)
     if found.problems:
         raise ConfigError(found.problems)

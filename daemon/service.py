@@ -187,6 +187,10 @@ class _Service:
         app, settings = self._app, self._settings
         hands_over = settings.trigger != "internal" and qstash_settings(settings) is not None
         door = Door(settings.signing_keys, settings.public_url)
+        if settings.signing_keys and not door.is_open:
+            log.warning(
+                "deliveries.closed", reason="signing keys are set, but not TALLYD_PUBLIC_URL, which QStash signs"
+            )
         deliveries = Deliveries(app.db, app.jobs, tick_settings(settings), hands_over=hands_over)
         return delivery_routes(door, deliveries)
 

@@ -80,7 +80,10 @@ def start(data_dir: Path, *, keep: bool = False) -> str:
         ConfigError: the wheel is not installed, or the folder cannot be used.
         StorageUnavailableError: the server does not start; the end of its log is in the message.
     """
+    _package()  # without it no folder is needed, and what to do instead is told
     folder = _folder(data_dir)
+    if data_dir.exists() and not data_dir.is_dir():
+        raise ConfigError([f"data_dir: {data_dir} is no folder; give one, or set TALLYD_DATABASE_URL"])
     _make_folder(folder)
     is_new = folder not in _held
     if is_new:
@@ -314,7 +317,10 @@ def _make_folder(folder: Path) -> None:
                 if path == missing:
                     break
     except OSError as error:
-        raise ConfigError([f"TALLYD_DATA_DIR: {folder} cannot be made: {error.strerror}"]) from error
+        problem = f"data_dir: {folder} cannot be made: {error.strerror}"
+        raise ConfigError(
+            [f"{problem}; give a folder that this user may write to, or set TALLYD_DATABASE_URL"]
+        ) from error
 
 
 def _make_private(path: Path, account: pwd.struct_passwd | None) -> None:

@@ -167,5 +167,7 @@ def configure(
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    # In an outage it writes a traceback each second of what we tell once, as it begins.
+    logging.getLogger("asyncpg.pool").setLevel(logging.CRITICAL)
     # Libraries speak at warning and above, unless someone debugs.
     root.setLevel(threshold if threshold <= logging.DEBUG else max(threshold, logging.WARNING))

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import time
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import anyio
 import msgspec
@@ -21,6 +21,7 @@ import structlog
 from daemon import orchestrate
 from daemon.db import handovers
 from daemon.db.pool import Database
+from daemon.db.text import storable
 from daemon.domain.connection import Secret
 from daemon.domain.errors import PermanentError, SignatureError, UsageError
 from daemon.domain.job import JobId
@@ -40,8 +41,16 @@ SKEW_S = 10.0
 REGION_HEADER = "upstash-region"
 SIGNATURE_HEADER = "upstash-signature"
 MESSAGE_HEADER = "upstash-message-id"
+MESSAGE_ID_CHARS_MAX = 200
 
 log = structlog.get_logger()
+
+
+class _Pair(NamedTuple):
+    """What verifies with both keys, and what tells of each alone why not."""
+
+    both: Receiver
+    each: tuple[Receiver, Receiver]
 
 
 class Door:
@@ -60,14 +69,15 @@ class Door:
     ) -> None:
         self._url = public_url
         self._sleep = sleep
-        self._receivers: dict[str, Receiver] = {}
+        self._receivers: dict[str, _Pair] = {}
         if keys and public_url:
             from qstash import Receiver  # noqa: PLC0415 - slow to import
 
-            self._receivers = {
-                region.replace("_", "-").upper(): Receiver(current.reveal(), following.reveal())
-                for region, (current, following) in keys.items()
-            }
+            for region, (first, second) in keys.items():
+                current, following = first.reveal(), second.reveal()
+                self._receivers[region.replace("_", "-").upper()] = _Pair(
+                    Receiver(current, following), (Receiver(current, current), Receiver(following, following))
+                )
 
     @property
     def is_open(self) -> bool:
@@ -98,12 +108,25 @@ class Door:
             _verify(receiver, signature, body, url)
 
 
-def _verify(receiver: Receiver, signature: str, body: bytes, url: str) -> None:
+def _verify(pair: _Pair, signature: str, body: bytes, url: str) -> None:
     try:
-        receiver.verify(signature=signature, body=body.decode(), url=url)
+        pair.both.verify(signature=signature, body=body.decode(), url=url)
     except Exception as error:
         # The SDK raises SignatureError for most, and whatever a hostile token or body provokes for the rest.
-        raise SignatureError(f"the signature is refused: {error}"[:300]) from error
+        raise SignatureError(_reason(pair, signature, body, url, error)) from error
+
+
+def _reason(pair: _Pair, signature: str, body: bytes, url: str, error: Exception) -> str:
+    """Why a delivery is refused. The SDK tells what is wrong under the next key: mostly that it is the other one's."""
+    reason = str(error)
+    for receiver in pair.each:
+        try:
+            receiver.verify(signature=signature, body=body.decode(), url=url)
+        except Exception as own:  # noqa: BLE001 - as above
+            if "Signature verification failed" not in str(own):
+                reason = str(own)
+                break
+    return f"the signature is refused: {reason}"[:300]
 
 
 def _signed_at(signature: str) -> float:
@@ -118,7 +141,11 @@ def _signed_at(signature: str) -> float:
 
 def message_id(headers: Mapping[str, str]) -> str:
     """What all deliveries of one message have in common; of a delivery without an id, its signature."""
-    return headers.get(MESSAGE_HEADER) or hashlib.sha256(headers.get(SIGNATURE_HEADER, "").encode()).hexdigest()
+    given = headers.get(MESSAGE_HEADER, "")
+    if 0 < len(given) <= MESSAGE_ID_CHARS_MAX:
+        return storable(given)
+    # It is not signed, so that anything may stand there: what is too long for an id is known by its digest.
+    return hashlib.sha256((given or headers.get(SIGNATURE_HEADER, "")).encode()).hexdigest()
 
 
 class _TickOrder(msgspec.Struct, forbid_unknown_fields=True):

@@ -21,9 +21,11 @@ from daemon.domain.errors import DaemonError, SignatureError, TransientError, Us
 from daemon.queue.qstash import CALLBACK_PATH, FAILURE_PATH, WORKER_PATH
 from daemon.telemetry import metrics
 from daemon.telemetry.traces import span
-from daemon.triggers.qstash import ORCHESTRATE_PATH, Deliveries, Door, message_id
+from daemon.triggers.qstash import ORCHESTRATE_PATH, SKEW_S, Deliveries, Door, message_id
 
 RETRY_AFTER_S = 15
+ANSWER_S = 10.0
+"""The work of a delivery is one short transaction; a database that takes longer is not there."""
 DISCARD_RATIO = 4
 """A body that is too large is read on for so many times its limit, so that its sender gets to read our answer."""
 ID_CHARS_MAX = 200
@@ -122,9 +124,12 @@ async def _act(
             Retry_After="300",
         )
     try:
-        body = await _body(request, limits)
+        body = await _body(request, headers, limits)
         await door.verify(path, body, headers)
-        return await action(body, message_id(headers), request_id)
+        async with asyncio.timeout(ANSWER_S + SKEW_S):
+            return await action(body, message_id(headers), request_id)
+    except TimeoutError as error:
+        raise _Refused(503, "the database is slow; what was begun is undone", Retry_After=str(RETRY_AFTER_S)) from error
     except SignatureError as error:
         raise _Refused(401, str(error)) from error
     except UsageError as error:
@@ -133,7 +138,8 @@ async def _act(
         wait_s = RETRY_AFTER_S if error.retry_after_s is None else max(1, round(error.retry_after_s))
         raise _Refused(503, str(error), Retry_After=str(wait_s)) from error
     except DaemonError as error:
-        raise _Refused(500, str(error)) from error
+        log.exception("delivery.crashed", route=path)
+        raise _Refused(500, "tallyd failed at it; its log has more") from error
     except ClientDisconnect as error:
         raise _Refused(400, "the sender went away before its body was whole") from error
     except _Refused:
@@ -143,10 +149,14 @@ async def _act(
         raise _Refused(500, "this is a defect of tallyd; its log has more") from error
 
 
-async def _body(request: Request, limits: DeliverySettings) -> bytes:
+async def _body(request: Request, headers: Mapping[str, str], limits: DeliverySettings) -> bytes:
     body = bytearray()
     received = 0
     most = limits.body_bytes_max
+    declared = headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > DISCARD_RATIO * most:
+        reason = f"the body is larger than {most} bytes"
+        raise _Refused(413, reason, Upstash_NonRetryable_Error="true", Connection="close")
     try:
         async with asyncio.timeout(limits.body_s):  # on each delivery, and a third of the cost of anyio's
             async for chunk in request.stream():

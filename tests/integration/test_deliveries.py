@@ -155,6 +155,35 @@ async def test_other_algorithms_are_refused(web: Web) -> None:
     assert await web.counts() == NOTHING
 
 
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ({"exp": int(time()) - 1}, "expired"),
+        ({"signed_url": "https://other.example/api"}, "https://other.example/api"),
+        ({"signed_body": b"[]"}, "body hash"),
+        ({"key": "sig_of_somebody_else".ljust(32, "0")}, "Signature verification failed"),
+    ],
+)
+async def test_the_reason_of_a_refusal_is_told(web: Web, fault: dict[str, Any], says: str) -> None:
+    """A wrong public URL must look different from a wrong key, or nobody finds it."""
+    for key in (CURRENT, NEXT):
+        answer = await web.deliver(ORCHESTRATE, **{"key": key, **fault})
+        assert says in answer.json()["error"], answer.text
+
+
+async def test_an_id_as_long_as_a_book_is_no_trouble(web: Web) -> None:
+    """It is not signed."""
+    long = {"upstash-message-id": "abcdefgh" * 2_500}
+    assert (await web.deliver(ORCHESTRATE, headers=long)).json()["created"] is True
+    assert await web.db.fetchval("select length(message_id) from delivery") == 64
+
+
+async def test_a_body_that_announces_its_size_is_refused_at_once(web: Web) -> None:
+    head = f"POST {ORCHESTRATE} HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n".encode()
+    with anyio.fail_after(5):
+        assert (await web.raw(head)).startswith(b"HTTP/1.1 413 ")
+
+
 async def test_both_keys_are_good_so_that_they_can_be_rotated(web: Web) -> None:
     assert (await web.deliver(ORCHESTRATE, key=CURRENT)).status_code == 200
     assert (await web.deliver(ORCHESTRATE, key=NEXT, message="msg_2")).status_code == 200
@@ -354,6 +383,17 @@ async def test_what_is_not_there_is_json_too(web: Web) -> None:
 
 
 # ── Without a database ──────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_database_that_hangs_is_503_in_time(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daemon.web.delivery.ANSWER_S", 0.1)
+    monkeypatch.setattr("daemon.web.delivery.SKEW_S", 0.0)
+    (batch,) = await hand_over(web)
+    async with web.db.transaction() as tx:
+        await tx.fetch("select from handover for update")
+        answer = await web.deliver(FAILURE, failure_of(batch))
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "15")
+    assert (await web.deliver(FAILURE, failure_of(batch))).json()["released"] is True
 
 
 async def test_postgres_away_is_503_and_passes(database_url: str) -> None:
