@@ -337,8 +337,6 @@ CREATE INDEX batch_summary_finished ON public.batch_summary USING btree (finishe
 
 CREATE INDEX batch_summary_slot ON public.batch_summary USING btree (slot_at);
 
-CREATE INDEX booking_at ON public.booking USING btree (booked_at);
-
 CREATE INDEX booking_job ON public.booking USING btree (job_id);
 
 CREATE INDEX bucket_pending ON public.bucket USING btree (stream_id, bucket_start) WHERE (pending_since IS NOT NULL);

@@ -40,4 +40,3 @@ create table booking (
   booked_at timestamptz not null default now()
 );
 create index booking_job on booking (job_id);
-create index booking_at on booking (booked_at);
