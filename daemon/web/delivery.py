@@ -155,8 +155,7 @@ async def _body(request: Request, headers: Mapping[str, str], limits: DeliverySe
     most = limits.body_bytes_max
     declared = headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > DISCARD_RATIO * most:
-        reason = f"the body is larger than {most} bytes"
-        raise _Refused(413, reason, Upstash_NonRetryable_Error="true", Connection="close")
+        raise _too_large(most)
     try:
         async with asyncio.timeout(limits.body_s):  # on each delivery, and a third of the cost of anyio's
             async for chunk in request.stream():
@@ -169,9 +168,13 @@ async def _body(request: Request, headers: Mapping[str, str], limits: DeliverySe
         reason = f"the body did not arrive within {limits.body_s:g} s"
         raise _Refused(408, reason, Connection="close") from error
     if received > most:
-        reason = f"the body is larger than {most} bytes"
-        raise _Refused(413, reason, Upstash_NonRetryable_Error="true", Connection="close")
+        raise _too_large(most)
     return bytes(body)
+
+
+def _too_large(most: int) -> _Refused:
+    reason = f"the body is larger than {most} bytes"
+    return _Refused(413, reason, Upstash_NonRetryable_Error="true", Connection="close")
 
 
 def _request_id(headers: Mapping[str, str]) -> str:
