@@ -231,7 +231,10 @@ class _Service:
             via="fallback" if is_fallback else "internal", grace_s=settings.fallback_grace_s if is_fallback else 0.0
         )
         make = partial(orchestrate.tick, app.db, app.jobs, tick_settings(settings), occasion=occasion)
-        await run_schedule(settings.tick_seconds, make, offset_s=occasion.grace_s)
+        async with anyio.create_task_group() as group:
+            group.start_soon(partial(run_schedule, settings.tick_seconds, make, offset_s=occasion.grace_s))
+            await self._stopping.wait()  # who drains makes no more work: what is cut short here was not committed
+            group.cancel_scope.cancel()
 
     async def _obey_signals(self) -> None:
         """The first SIGTERM or SIGINT drains, the second one ends the process now: leases make that safe."""

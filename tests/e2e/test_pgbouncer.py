@@ -187,8 +187,12 @@ async def test_clients_share_few_connections(tallyd: Tallyd, empty_database_url:
     for replica in tallyd.replicas:
         await replica.has_logged("worker.started")
     db = await Database.open(empty_database_url, pool_max=2, application_name="test")
+
+    async def has_ticked() -> bool:
+        return bool(await db.fetchval("select count(*) >= 2 from tick"))
+
     try:
-        await more_ticks(db, 2)
+        await until(has_ticked, "two ticks")
         shown = (
             "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'tallyd'"
         )
