@@ -13,6 +13,29 @@ SYSTEM_KEY = 0
 """The fairness key of work that mixes tenants; other jobs carry their tenant's id."""
 
 
+PUSH_KEY = 1 << 62
+"""Fairness keys from here on belong to messages with a URL, those below to the work that runs inside."""
+KEY_END = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A class of work with slots of its own, so that neither kind waits for the other's: a range of fairness keys.
+
+    Attributes:
+        name: in logs and metrics.
+        first_key, end_key: the keys from the first up to the end, which is left out.
+        concurrency: jobs of the lane that one process runs at once.
+        per_key: those of one key among them at most; what is beyond is not claimed. None: no such limit.
+    """
+
+    name: str
+    first_key: int
+    end_key: int
+    concurrency: int
+    per_key: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class NewJob:
     """A job to enqueue.
@@ -62,10 +85,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """Done. `is_settled` when the handler settled the job in its own transaction (law 5)."""
+    """Done. `is_settled` when the handler settled the job in its own transaction (law 5), `is_told` when it has logged
+    how it went.
+    """
 
     is_settled: bool = False
     note: str | None = None
+    is_told: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,19 @@
 """The claim loop: keeps the slots of one worker full, runs its jobs, settles what they return.
 
-Services in one task group: claim, settle, heartbeat, rescue, promote, and the two halves of waking up. Each outlives an
-outage of Postgres; any other failure of one of them ends the loop with that failure. What the loop holds in memory is
-leased in Postgres, so that losing it costs time and no work.
+Services in one task group: a claim for each lane, settle, heartbeat, rescue, promote, and the two halves of waking up.
+Each outlives an outage of Postgres; any other failure of one of them ends the loop with that failure. What the loop
+holds in memory is leased in Postgres, so that losing it costs time and no work.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from time import monotonic, perf_counter
 from typing import Protocol
 
@@ -21,10 +22,11 @@ import structlog
 from anyio.abc import TaskGroup
 
 from daemon.domain.errors import DaemonError, TransientError
-from daemon.domain.job import Completed, Job, JobId, Outcome, Retryable, Settlement, WorkerId
+from daemon.domain.job import KEY_END, Completed, Job, JobId, Lane, Outcome, Retryable, Settlement, WorkerId
 from daemon.worker.failures import only
 
 CLAIM_MAX = 500
+GATHER_S = 0.02
 FLUSH_AT = 500
 FLUSH_AFTER_S = 0.003
 RESULTS_MAX = 5_000
@@ -49,6 +51,8 @@ class _Claimed(Protocol):
     def jobs(self) -> list[Job]: ...
     @property
     def last_key(self) -> int: ...
+    @property
+    def is_held_back(self) -> bool: ...
 
 
 class _Promotion(Protocol):
@@ -71,7 +75,9 @@ class Queue(Protocol):
     async def register_worker(self, info: str = "") -> WorkerId: ...
     async def stop_worker(self, worker: WorkerId) -> None: ...
     def heart(self, worker: WorkerId) -> AbstractAsyncContextManager[Callable[[], Awaitable[bool]]]: ...
-    async def claim(self, worker: WorkerId, limit: int, after_key: int = ...) -> _Claimed: ...
+    async def claim(
+        self, worker: WorkerId, limit: int, after_key: int, lane: Lane, busy: Mapping[int, int]
+    ) -> _Claimed: ...
     async def settle(self, settlements: Iterable[Settlement]) -> set[JobId]: ...
     async def release(self, jobs: Iterable[Job]) -> set[JobId]: ...
     async def release_others(self, worker: WorkerId, known: Iterable[JobId]) -> set[JobId]: ...
@@ -145,11 +151,60 @@ class _Fault:
         self._is_on = False
 
 
+class _Slots:
+    """The slots of one lane, and the jobs in hand: those that fill them, and those in the inbox, which are about to."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.free = lane.concurrency
+        self.worth_claiming = max(1, lane.concurrency // 4)
+        self.inbox: deque[Job] = deque()
+        self.busy: Counter[int] = Counter()  # jobs in hand by key, where keys have a limit
+        self.is_claiming = False
+        self.is_held_back = False  # the last claim left jobs behind whose keys were full
+        self.is_runner_starting = False
+        self.work = _Signal()  # there may be something to claim, or room for it
+        self.batch = _Signal()  # there is room for as many as are worth a claim
+
+    @property
+    def running(self) -> int:
+        return self.lane.concurrency - self.free - len(self.inbox)
+
+    def take(self, jobs: Sequence[Job]) -> None:
+        self.inbox.extend(jobs)
+        self.free -= len(jobs)
+        if self.lane.per_key is not None:
+            self.busy.update(job.key for job in jobs)
+
+    def let_go(self, job: Job) -> None:
+        """A job is no longer in hand: wake the claim where that may let it find more."""
+        self.free += 1
+        is_key_free_again = False
+        if self.lane.per_key is not None:
+            # A claim that is under way takes the key for full, and may leave its jobs behind as the last one did.
+            is_key_free_again = self.busy[job.key] >= self.lane.per_key and (self.is_held_back or self.is_claiming)
+            self.busy[job.key] -= 1
+            if not self.busy[job.key]:
+                del self.busy[job.key]
+        if self.free >= self.worth_claiming:
+            self.batch.set()
+            self.work.set()
+        elif self.free == 1 or is_key_free_again:
+            self.work.set()
+
+    def clear_inbox(self) -> list[Job]:
+        jobs = list(self.inbox)
+        while self.inbox:
+            self.let_go(self.inbox.popleft())
+        return jobs
+
+
 class WorkerLoop:
     """One worker. `run` ends after `stop`, when everything is settled or given back.
 
     Args:
-        concurrency: jobs running at once.
+        concurrency: jobs running at once, of any key.
+        lanes: instead of it, ranges of keys that do not overlap, each with slots of its own.
         drain_s: how long `stop` lets running jobs go on before it cancels them.
         clock: monotonic seconds.
     """
@@ -159,35 +214,38 @@ class WorkerLoop:
         queue: Queue,
         run_job: RunJob,
         *,
-        concurrency: int,
+        concurrency: int | None = None,
+        lanes: Sequence[Lane] = (),
         drain_s: float,
         info: str = "",
         listens: bool = True,
         clock: Callable[[], float] = monotonic,
     ) -> None:
+        if concurrency is not None:
+            lanes = [*lanes, Lane("all", 0, KEY_END, concurrency)]
+        ends = sorted((lane.first_key, lane.end_key) for lane in lanes)
+        if not ends or any(end > first for (_, end), (first, _) in pairwise(ends)):
+            raise ValueError("a worker needs lanes, of which no two have a key in common")
         self._queue = queue
         self._run_job = run_job
-        self._concurrency = concurrency
-        self._worth_claiming = max(1, concurrency // 4)
+        self._lanes = [_Slots(lane) for lane in lanes]
         self._drain_s = drain_s
         self._info = info
         self._listens = listens
         self._clock = clock
         self._worker = WorkerId(0)
         self._pulse = Pulse(0.0, 0.0)
-        self._inbox: deque[Job] = deque()
         self._running: dict[JobId, tuple[anyio.CancelScope, float]] = {}  # with the deadline of each
         self._next_deadline = math.inf
-        self._is_runner_starting = False
         self._results: list[Settlement] = []
         self._settling: list[Settlement] = []
         self._given_back: list[Job] = []
         self._is_stopping = False
         self._stopped = anyio.Event()
-        self._is_claiming = False
         self._is_held_up = False
         self._may_hold_unknown = False
-        self._work = _Signal()  # there may be something to claim, or room for it
+        self._release_turn = anyio.Lock()
+        self._answered = _Signal()  # a claim has come back
         self._ended = _Signal()  # there is something to settle
         self._full = anyio.Event()
         self._settled = _Signal()
@@ -201,8 +259,12 @@ class WorkerLoop:
 
     @property
     def running(self) -> int:
-        """Jobs that run here now."""
+        """Jobs that run here now, in all lanes."""
         return len(self._running)
+
+    def running_by_lane(self) -> dict[str, int]:
+        """Jobs that run here now, by the name of their lane."""
+        return {slots.lane.name: slots.running for slots in self._lanes}
 
     @property
     def is_beating(self) -> bool:
@@ -213,7 +275,7 @@ class WorkerLoop:
         """Drain: claim nothing more, let running jobs end for `drain_s`, give the rest back."""
         self._is_stopping = True
         self._stopped.set()
-        self._work.set()
+        self._wake()
 
     async def run(self) -> None:
         """Work until `stop`.
@@ -224,13 +286,14 @@ class WorkerLoop:
         self._worker = await self._queue.register_worker(self._info)
         now = self._clock()
         self._pulse = Pulse(now, now)
-        log.info("worker.started", worker_id=self._worker, concurrency=self._concurrency)
+        concurrency = sum(slots.lane.concurrency for slots in self._lanes)
+        log.info("worker.started", worker_id=self._worker, concurrency=concurrency)
         try:
             async with anyio.create_task_group() as services:
-                for service in (
-                    self._beat, self._guard, self._cut_off, self._claim, self._settle, self._rescue, self._promote,
-                ):  # fmt: skip
+                for service in (self._beat, self._guard, self._cut_off, self._settle, self._rescue, self._promote):
                     services.start_soon(service, name=service.__name__)
+                for slots in self._lanes:
+                    services.start_soon(self._claim, slots, name=f"claim {slots.lane.name}")
                 services.start_soon(self._queue.waker.run, name="notify")
                 if self._listens:
                     services.start_soon(self._queue.waker.listen, self._on_wake, name="listen")
@@ -246,87 +309,109 @@ class WorkerLoop:
 
     # Claiming
 
-    async def _claim(self) -> None:
+    async def _claim(self, slots: _Slots) -> None:
         cursor = -1
         delay_s = BACKOFF_S[0]
         fault = _Fault("claim")
         while not self._is_stopping:
-            free = self._concurrency - len(self._running) - len(self._inbox)
-            if not self._may_claim() or free < self._worth_claiming:
-                await self._work.wait(POLL_S[1])
+            if 0 < slots.free < slots.worth_claiming:
+                # More may end soon, but others may hang: the slots that are free do not wait for them.
+                await slots.batch.wait(GATHER_S)
+            if not slots.free or not self._may_claim():
+                await slots.work.wait(POLL_S[1])
                 continue
-            self._is_claiming = True
             try:
                 if self._may_hold_unknown:
-                    await self._queue.release_others(self._worker, self._known())
-                    self._may_hold_unknown = False
+                    await self._release_unknown()
                 worker = self._worker
-                claimed = await self._queue.claim(worker, min(free, CLAIM_MAX), cursor)
+                claimed = await self._ask(worker, slots, cursor)
             except TransientError as error:
-                # The claim may have taken place all the same, and only its answer was lost.
-                self._may_hold_unknown = True
                 fault.begin(error)
                 await self._pause(delay_s)
                 delay_s = min(BACKOFF_S[1], delay_s * 2)
                 continue
-            finally:
-                self._is_claiming = False
             fault.end()
             delay_s = BACKOFF_S[0]
             cursor = claimed.last_key
+            slots.is_held_back = claimed.is_held_back
             if not claimed.jobs:
-                await self._work.wait(random.uniform(*POLL_S))  # noqa: S311
+                await slots.work.wait(random.uniform(*POLL_S))  # noqa: S311
             elif worker != self._worker or self._is_stopping:
                 self._give_back(claimed.jobs)
             else:
-                log.debug("worker.claimed", jobs=len(claimed.jobs))
-                self._inbox.extend(claimed.jobs)
-                self._start_runner()
+                log.debug("worker.claimed", lane=slots.lane.name, jobs=len(claimed.jobs))
+                slots.take(claimed.jobs)
+                self._start_runner(slots)
+
+    async def _ask(self, worker: WorkerId, slots: _Slots, cursor: int) -> _Claimed:
+        slots.is_claiming = True
+        try:
+            return await self._queue.claim(worker, min(slots.free, CLAIM_MAX), cursor, slots.lane, slots.busy)
+        except TransientError:
+            # The claim may have taken place all the same, and only its answer was lost.
+            self._may_hold_unknown = True
+            raise
+        finally:
+            slots.is_claiming = False
+            self._answered.set()
+
+    async def _release_unknown(self) -> None:
+        """Give back what is ours without our knowing. No claim goes on meanwhile: what it takes is not known yet."""
+        async with self._release_turn:
+            while any(slots.is_claiming for slots in self._lanes):
+                await self._answered.wait()
+            if self._may_hold_unknown:
+                await self._queue.release_others(self._worker, self._known())
+                self._may_hold_unknown = False
 
     def _may_claim(self) -> bool:
         waiting = len(self._results) + len(self._settling)
         self._is_held_up = waiting > (RESULTS_MAX // 2 if self._is_held_up else RESULTS_MAX)
-        return not self._is_held_up and not self._pulse.is_lost(self._clock())
+        return self.is_beating and not (self._is_stopping or self._is_held_up)
 
     def _known(self) -> list[JobId]:
         waiting = (*self._results, *self._settling)
         return [
             *self._running,
-            *(job.id for job in self._inbox),
+            *(job.id for slots in self._lanes for job in slots.inbox),
             *(s.job.id for s in waiting),
             *(job.id for job in self._given_back),
         ]
 
+    def _wake(self) -> None:
+        for slots in self._lanes:
+            slots.work.set()
+
     def _on_wake(self) -> None:
-        self._work.set()
+        self._wake()
         self._due.set()
 
     # Running
 
-    def _start_runner(self) -> None:
+    def _start_runner(self, slots: _Slots) -> None:
         # A runner starts the next one when it takes a job, so that jobs which never wait share one task.
-        if self._inbox and not self._is_runner_starting:
-            self._is_runner_starting = True
-            self._runners.start_soon(self._run_jobs)
+        if slots.inbox and not slots.is_runner_starting:
+            slots.is_runner_starting = True
+            self._runners.start_soon(self._run_jobs, slots)
 
-    async def _run_jobs(self) -> None:
-        self._is_runner_starting = False
-        while self._inbox:
+    async def _run_jobs(self, slots: _Slots) -> None:
+        slots.is_runner_starting = False
+        while slots.inbox:
             running: Job | None = None
             # Entering a scope costs more than a job that does nothing, so a runner's jobs share one until it is cancelled.
             with anyio.CancelScope() as scope:
-                while self._inbox and not scope.cancel_called:
-                    running = self._inbox.popleft()
-                    self._start_runner()
+                while slots.inbox and not scope.cancel_called:
+                    running = slots.inbox.popleft()
+                    self._start_runner(slots)
                     await self._run_one(running, scope)
+                    slots.let_go(running)
                     running = None
-                    self._wake_if_free()
             if running is not None:
                 if anyio.current_time() < scope.deadline:
                     self._give_back([running])  # cancelled by us
                 else:
                     self._end(running, Retryable("deadline passed"), running.timeout_s)
-                self._wake_if_free()
+                slots.let_go(running)
 
     async def _run_one(self, job: Job, scope: anyio.CancelScope) -> None:
         started = perf_counter()
@@ -360,18 +445,16 @@ class WorkerLoop:
                 self._full.set()
         self._ended.set()
 
-    def _wake_if_free(self) -> None:
-        free = self._concurrency - len(self._running) - len(self._inbox)
-        if free >= self._worth_claiming:
-            self._work.set()
-
     def _give_back(self, jobs: Iterable[Job]) -> None:
         self._given_back.extend(jobs)
         self._ended.set()
 
+    def _give_back_inboxes(self) -> None:
+        for slots in self._lanes:
+            self._give_back(slots.clear_inbox())
+
     def _cancel_jobs(self) -> None:
-        self._give_back(self._inbox)
-        self._inbox.clear()
+        self._give_back_inboxes()
         for scope, _ in self._running.values():
             scope.cancel()
 
@@ -411,7 +494,7 @@ class WorkerLoop:
             await self._queue.release(released)
             del self._given_back[: len(released)]
         if self._is_held_up:
-            self._work.set()
+            self._wake()
         self._settled.set()
 
     # Living
@@ -442,13 +525,15 @@ class WorkerLoop:
             self._pulse.beat(now)
             self._beaten.set()
             return True
-        # Our row is gone: what we hold belongs to others. A new id, as at the start.
+        # Our row is gone: what we hold belongs to others, and so would all that we claim until there is a new id.
         log.warning("worker.forgotten", worker_id=self._worker)
+        self._worker = WorkerId(0)
         self._cancel_jobs()
         self._worker = await self._queue.register_worker(self._info)
         now = self._clock()
         self._pulse = Pulse(now, now)
         self._beaten.set()
+        self._wake()
         return False
 
     async def _guard(self) -> None:
@@ -462,7 +547,7 @@ class WorkerLoop:
             log.error("worker.lost", worker_id=self._worker, running=len(self._running))
             self._cancel_jobs()
             await self._beaten.wait()
-            self._work.set()
+            self._wake()
 
     async def _rescue(self) -> None:
         fault = _Fault("rescue")
@@ -487,7 +572,7 @@ class WorkerLoop:
                 fault.begin(error)
             else:
                 if promotion.moved:
-                    self._work.set()
+                    self._wake()
                     continue
                 if promotion.next_s is not None:
                     wait_s = min(wait_s, max(0.01, promotion.next_s))
@@ -496,9 +581,9 @@ class WorkerLoop:
     # Stopping
 
     async def _drain(self) -> None:
-        log.info("worker.draining", running=len(self._running), waiting=len(self._inbox))
-        self._give_back(self._inbox)
-        self._inbox.clear()
+        waiting = sum(len(slots.inbox) for slots in self._lanes)
+        log.info("worker.draining", running=len(self._running), waiting=waiting)
+        self._give_back_inboxes()
         with anyio.move_on_after(self._drain_s):
             while not self._is_idle():
                 await self._settled.wait(POLL_S[0])
@@ -506,7 +591,8 @@ class WorkerLoop:
 
     def _is_idle(self) -> bool:
         unsettled = self._results or self._settling or self._given_back
-        return not (self._running or self._inbox or unsettled or self._is_claiming)
+        is_at_work = any(slots.is_claiming or slots.inbox for slots in self._lanes)
+        return not (self._running or unsettled or is_at_work)
 
     async def _say_goodbye(self) -> None:
         """Settle what ended, give back the rest. Without Postgres the others rescue it within 20 s."""

@@ -1,5 +1,6 @@
 """The claim loop against a real queue: draining, outages, lost beats, deadlines."""
 
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -9,7 +10,18 @@ import pytest
 
 from daemon.db.pool import Database
 from daemon.domain.errors import StorageUnavailableError
-from daemon.domain.job import Completed, Discarded, Job, NewJob, Outcome, Retryable, Settlement
+from daemon.domain.job import (
+    KEY_END,
+    PUSH_KEY,
+    Completed,
+    Discarded,
+    Job,
+    Lane,
+    NewJob,
+    Outcome,
+    Retryable,
+    Settlement,
+)
 from daemon.queue.maintenance import QueueMaintenance
 from daemon.queue.postgres import PostgresQueue
 from daemon.worker import loop as module
@@ -21,6 +33,14 @@ TERMINATE_OTHERS = """
     select pg_terminate_backend(pid) from pg_stat_activity
     where datname = current_database() and pid <> pg_backend_pid()
 """
+
+
+POLL = Lane("poll", 0, PUSH_KEY, concurrency=2)
+PUSH = Lane("push", PUSH_KEY, KEY_END, concurrency=16, per_key=3)
+
+
+def pushes(jobs: int, *keys: int) -> list[NewJob]:
+    return [NewJob("push", key=PUSH_KEY + key) for _ in range(jobs) for key in keys]
 
 
 @pytest.fixture
@@ -107,8 +127,10 @@ async def test_later_work_is_found_with_and_without_notifications(db, queue, lis
 
 async def test_drain_lets_running_jobs_end_and_claims_no_more(db: Database, queue: PostgresQueue) -> None:
     started, may_end = anyio.Event(), anyio.Event()
+    ran: list[str] = []
 
-    async def run_job(_job: Job) -> Outcome:
+    async def run_job(job: Job) -> Outcome:
+        ran.append(job.kind)
         started.set()
         await may_end.wait()
         return Completed()
@@ -121,8 +143,9 @@ async def test_drain_lets_running_jobs_end_and_claims_no_more(db: Database, queu
         loop.stop()
         await queue.enqueue([NewJob("late")])
         may_end.set()
-    assert await db.fetchval("select array_agg(outcome) from attempt") == [1]
-    assert await db.fetchval("select count(*) from ready") == 1
+    assert ran == ["a"]
+    assert await db.fetchval("select count(*) from attempt where outcome = 1") == 1
+    assert await db.fetchval("select count(*) from ready") == 1  # a claim that was under way gives it back
     assert await db.fetchval("select stopped_at is not null from worker")
 
 
@@ -276,7 +299,8 @@ async def test_worker_without_beats_stops_its_jobs_before_others_may_have_them(q
     monkeypatch.setattr(module, "BEAT_S", 0.05)
     is_away = False
     genuine = queue.heart
-    cancelled, started = anyio.Event(), anyio.Event()
+    ran: list[str] = []
+    cancelled: list[str] = []
 
     @asynccontextmanager
     async def heart(worker):
@@ -289,40 +313,69 @@ async def test_worker_without_beats_stops_its_jobs_before_others_may_have_them(q
 
             yield maybe
 
-    async def run_job(_job: Job) -> Outcome:
-        started.set()
+    async def run_job(job: Job) -> Outcome:
+        ran.append(job.kind)
         try:
             await anyio.sleep_forever()
         except anyio.get_cancelled_exc_class():
-            cancelled.set()
+            cancelled.append(job.kind)
             raise
         return Completed()
 
     monkeypatch.setattr(queue, "heart", heart)
-    await queue.enqueue([NewJob("a")])
-    async with running(WorkerLoop(queue, run_job, concurrency=1, drain_s=0)):
-        await started.wait()
+    await queue.enqueue([NewJob("poll"), *pushes(1, 0)])
+    async with running(WorkerLoop(queue, run_job, lanes=[POLL, PUSH], drain_s=0)):
+        await until_true(lambda: len(ran) == 2)
         is_away = True
-        await cancelled.wait()
-        await until(counter(db, "ready", 1))
+        await until_true(lambda: sorted(cancelled) == ["poll", "push"])
+        await until(counter(db, "ready", 2))
         assert await db.fetchval("select count(*) from lease") == 0  # and nothing more is claimed
-        started = anyio.Event()
         is_away = False
-        await started.wait()
+        await until_true(lambda: sorted(ran) == ["poll", "poll", "push", "push"])
 
 
 async def test_worker_whose_row_is_gone_takes_a_new_id(queue, db, monkeypatch) -> None:
     monkeypatch.setattr(module, "BEAT_S", 0.02)
-    loop = WorkerLoop(queue, done, concurrency=1, drain_s=1)
+    loop = WorkerLoop(queue, done, lanes=[POLL, PUSH], drain_s=1)
     async with running(loop):
         await until(counter(db, "worker", 1))
         old = loop.worker
         await db.execute("delete from worker")
         await until(counter(db, "worker", 1))
-        await queue.enqueue([NewJob("a")])
-        await until(counter(db, "attempt", 1))
+        await queue.enqueue([NewJob("a"), *pushes(1, 0)])
+        await until(counter(db, "job", 0))
     assert loop.worker != old
-    assert await db.fetchval("select worker from attempt") == loop.worker
+    assert await db.fetchval("select array_agg(distinct worker) from attempt where outcome = 1") == [loop.worker]
+
+
+async def test_forgotten_worker_claims_nothing_until_it_has_a_new_id(queue, db, monkeypatch) -> None:
+    """Its row is gone, so others would take such jobs at once, and they would run twice."""
+    monkeypatch.setattr(module, "BEAT_S", 0.02)
+    register, genuine = queue.register_worker, queue.claim
+    claims: list[int] = []
+    is_new = anyio.Event()
+
+    async def claim(worker, *args):
+        claims.append(worker)
+        return await genuine(worker, *args)
+
+    async def register_worker(info):
+        if claims:
+            before = len(claims)
+            for _ in range(20):
+                loop._wake()
+                await anyio.lowlevel.checkpoint()
+            assert len(claims) == before
+            is_new.set()
+        return await register(info)
+
+    monkeypatch.setattr(queue, "claim", claim)
+    monkeypatch.setattr(queue, "register_worker", register_worker)
+    loop = WorkerLoop(queue, done, lanes=[POLL, PUSH], drain_s=1)
+    async with running(loop):
+        await until_true(lambda: len(claims) >= 2 and not any(slots.is_claiming for slots in loop._lanes))
+        await db.execute("delete from worker")
+        await is_new.wait()
 
 
 async def test_claim_with_a_lost_answer_is_given_back_and_run(queue, db, monkeypatch) -> None:
@@ -343,6 +396,35 @@ async def test_claim_with_a_lost_answer_is_given_back_and_run(queue, db, monkeyp
     assert await db.fetchval("select count(*) from attempt where outcome = 8") == 3
 
 
+async def test_nothing_is_given_back_while_another_lane_claims(queue, db, monkeypatch) -> None:
+    """What that claim takes is not known yet: given back, its jobs would run twice."""
+    genuine, lost = queue.claim, 0
+    polls_claimed, may_answer = anyio.Event(), anyio.Event()
+
+    async def claim(worker, limit, after_key, lane, busy):
+        nonlocal lost
+        if lane is PUSH:
+            await polls_claimed.wait()
+        claimed = await genuine(worker, limit, after_key, lane, busy)
+        if lane is PUSH and not lost:
+            lost = len(claimed.jobs)
+            raise StorageUnavailableError("the answer was lost")
+        polls_claimed.set()
+        await may_answer.wait()
+        return claimed
+
+    monkeypatch.setattr(queue, "claim", claim)
+    await queue.enqueue([NewJob("a"), NewJob("a"), *pushes(1, 0, 1, 2)])
+    loop = WorkerLoop(queue, done, lanes=[POLL, PUSH], drain_s=1)
+    async with running(loop):
+        await until_true(loop._release_turn.locked)
+        assert await db.fetchval("select count(*) from lease") == 5
+        may_answer.set()
+        await until(counter(db, "job", 0))
+    assert lost == 3
+    assert await db.fetchval("select array_agg(attempt.outcome order by outcome) from attempt") == [1] * 5 + [8] * 3
+
+
 async def test_discarded_job_is_a_dead_letter(queue, db) -> None:
     async def run_job(_job: Job) -> Outcome:
         return Discarded("no use")
@@ -350,6 +432,129 @@ async def test_discarded_job_is_a_dead_letter(queue, db) -> None:
     await queue.enqueue([NewJob("a")])
     async with running(WorkerLoop(queue, run_job, concurrency=1, drain_s=1)):
         await until(counter(db, "dead", 1))
+
+
+# Lanes
+
+
+class Gauge:
+    """A `run_job` that holds jobs until they may end, and counts what runs at once."""
+
+    def __init__(self, hangs: Callable[[Job], bool] = lambda _job: True) -> None:
+        self.now: Counter[int] = Counter()  # by key
+        self.most: Counter[int] = Counter()
+        self.may_end = anyio.Event()
+        self._hangs = hangs
+
+    async def run_job(self, job: Job) -> Outcome:
+        self.now[job.key] += 1
+        self.most[job.key] = max(self.most[job.key], self.now[job.key])
+        try:
+            if self._hangs(job):
+                await self.may_end.wait()
+            await anyio.lowlevel.checkpoint()
+        finally:
+            self.now[job.key] -= 1
+        return Completed()
+
+
+async def test_lanes_never_take_each_others_slots(db: Database, queue: PostgresQueue) -> None:
+    gauge = Gauge()
+    loop = WorkerLoop(queue, gauge.run_job, lanes=[POLL, PUSH], drain_s=5)
+    await queue.enqueue([*pushes(1, *range(50)), *(NewJob("poll") for _ in range(50))])
+    async with running(loop):
+        await until_true(lambda: loop.running == 18)
+        assert loop.running_by_lane() == {"poll": 2, "push": 16}
+        assert await db.fetchval("select count(*) from lease") == 18
+        gauge.may_end.set()
+        await until(counter(db, "job", 0))
+    assert gauge.most[0] == 2
+    assert loop.running_by_lane() == {"poll": 0, "push": 0}
+
+
+async def test_key_never_has_more_than_its_share_of_the_slots(db: Database, queue: PostgresQueue) -> None:
+    gauge = Gauge()
+    loop = WorkerLoop(queue, gauge.run_job, lanes=[POLL, PUSH], drain_s=5)
+    await queue.enqueue(pushes(20, 0))
+    async with running(loop):
+        await until_true(lambda: loop.running == 3)
+        await queue.enqueue(pushes(20, *range(1, 40)))
+        await until_true(lambda: loop.running == 16)
+        gauge.may_end.set()
+        await until(counter(db, "job", 0))
+    assert max(gauge.most.values()) == 3
+    assert len(gauge.most) == 40
+
+
+@pytest.mark.parametrize("dead", [1, 5])
+async def test_hosts_that_hang_stop_nobody_else(db: Database, queue: PostgresQueue, monkeypatch, dead: int) -> None:
+    """Five of them leave one slot of sixteen, which is less than what is worth a claim otherwise."""
+    monkeypatch.setattr(module, "POLL_S", (60.0, 60.0))
+    gauge = Gauge(hangs=lambda job: job.key < PUSH_KEY + dead)
+    loop = WorkerLoop(queue, gauge.run_job, lanes=[POLL, PUSH], drain_s=5)
+    await queue.enqueue(pushes(50, *range(dead)))
+    async with running(loop):
+        await until_true(lambda: loop.running == 3 * dead)
+        await queue.enqueue(pushes(3, *range(dead, 30)))
+        await until(counter(db, "attempt", 3 * (30 - dead)))
+        assert loop.running_by_lane() == {"poll": 0, "push": 3 * dead}
+        assert await db.fetchval("select count(*) from ready") == 47 * dead  # for any other replica
+        gauge.may_end.set()
+        await until(counter(db, "job", 0))
+    assert max(gauge.most.values()) == 3
+
+
+async def test_full_key_goes_on_as_soon_as_one_of_its_jobs_ends(db, queue, monkeypatch) -> None:
+    """Though too few slots are free to be worth a claim, and no notification tells of anything new."""
+    monkeypatch.setattr(module, "POLL_S", (60.0, 60.0))
+    running_here: list[anyio.Event] = []
+
+    async def run_job(job: Job) -> Outcome:
+        may_end = anyio.Event()
+        if job.key == PUSH_KEY:
+            running_here.append(may_end)
+        await may_end.wait()
+        return Completed()
+
+    lane = Lane("push", PUSH_KEY, KEY_END, concurrency=16, per_key=2)
+    loop = WorkerLoop(queue, run_job, lanes=[lane], drain_s=0)
+    await queue.enqueue(pushes(1, *range(1, 14)))  # leaves three slots, and the key two of them
+    async with running(loop):
+        await until_true(lambda: loop.running == 13)
+        await queue.enqueue(pushes(8, 0))
+        for _ in range(6):
+            await until_true(
+                lambda: len(running_here) == 2 and loop._lanes[0].is_held_back and not loop._lanes[0].is_claiming
+            )
+            running_here.pop().set()
+        await until_true(lambda: len(running_here) == 2)
+
+
+async def test_drain_ends_and_gives_back_in_every_lane(db: Database, queue: PostgresQueue) -> None:
+    gauge = Gauge()
+    loop = WorkerLoop(queue, gauge.run_job, lanes=[POLL, PUSH], drain_s=60)
+    await queue.enqueue([*pushes(9, 0), *(NewJob("poll") for _ in range(9))])
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run)
+        await until_true(lambda: loop.running == 5)
+        loop.stop()
+        gauge.may_end.set()
+    assert await db.fetchval("select array_agg(outcome) from attempt") == [1] * 5
+    assert await db.fetchval("select count(*) from ready") == 13
+    gauge = Gauge()
+    loop = WorkerLoop(queue, gauge.run_job, lanes=[POLL, PUSH], drain_s=0)
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run)
+        await until_true(lambda: loop.running == 5)
+        loop.stop()
+    assert await db.fetchval("select count(*) from ready") == 13
+    assert await QueueMaintenance(db).conservation() == []
+
+
+@pytest.mark.parametrize("lanes", [[], [POLL, Lane("late", PUSH_KEY - 1, KEY_END, concurrency=1)]])
+async def test_lanes_that_share_a_key_or_are_none_are_refused(queue: PostgresQueue, lanes: list[Lane]) -> None:
+    with pytest.raises(ValueError, match="lanes"):
+        WorkerLoop(queue, done, lanes=lanes, drain_s=1)
 
 
 def test_rescue_needs_fifteen_healthy_seconds() -> None:
