@@ -110,6 +110,42 @@ def release(data_dir: Path) -> None:
         os.close(handle)
 
 
+def leave(data_dir: Path) -> None:
+    """Let go of the server and, where nobody else holds it, wait until the watcher has stopped it."""
+    folder = _folder(data_dir)
+    release(data_dir)
+    cluster, deadline = Cluster(folder), time.monotonic() + START_TIMEOUT_S
+    while cluster.pid() is not None and not (folder / "keep").exists() and not _is_shared(folder):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.02)
+
+
+def drop(data_dir: Path) -> bool:
+    """Stop the server and delete its databases for good. False, and nothing is touched, while some process holds it."""
+    folder = _folder(data_dir)
+    if not (folder / "users.lock").exists():
+        return True
+    while True:
+        try:
+            lock = _locked(folder / "users.lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if _is_shared(folder):
+                return False
+            time.sleep(0.02)  # a watcher is stopping the server
+    try:
+        with _control(folder):
+            cluster = Cluster(folder)
+            cluster.stop()
+            # The databases alone: whatever else lies in a folder that somebody named is not ours to delete.
+            if (cluster.data / "PG_VERSION").exists():
+                shutil.rmtree(cluster.data)
+    finally:
+        os.close(lock)
+    return True
+
+
 def stop(data_dir: Path) -> bool:
     """Stop the server at once, also one that is kept or in use. Returns whether it was running."""
     folder = _folder(data_dir)
@@ -411,6 +447,17 @@ def _is_used(folder: Path) -> bool:
         os.close(_locked(folder / "users.lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError:
         return True
+    return False
+
+
+def _is_shared(folder: Path) -> bool:
+    """Whether some process uses the server; a watcher that is stopping it does not."""
+    for how, is_so in ((fcntl.LOCK_EX, False), (fcntl.LOCK_SH, True)):
+        try:
+            os.close(_locked(folder / "users.lock", how | fcntl.LOCK_NB))
+        except BlockingIOError:
+            continue
+        return is_so
     return False
 
 

@@ -79,7 +79,7 @@ class Figures:
         tick = await self._db.fetchrow(_TICK, timeout_s=FAST_TIMEOUT_S)
         names, sources = self._columns(lambda fact: not fact.is_cost)
         polls = await self._db.fetch(_POLLS, self._by_tenant, names, sources, timeout_s=FAST_TIMEOUT_S)
-        states = ("available", "scheduled", "retryable", "running", "discarded")
+        states = ("available", "scheduled", "retryable", "pending", "running", "discarded")
         jobs = ("jobs",)
         return [
             Gauge("tallyd_queue_jobs", "Jobs by state.", ["state"], [((state,), now[state]) for state in states]),

@@ -232,6 +232,7 @@ _LAWS: tuple[tuple[str, str, str], ...] = (
     ("ids ahead of every row", query("law_ids"), "look what else the copy has lost, then `tallyd doctor --fix`"),
     ("jobs in one state each", query("law_jobs_conserved"), "report it with this output"),
     ("ready jobs above the floor", query("law_ready_floor"), "`update ready_floor set at = '0'` in psql"),
+    ("messages and places", query("law_messages"), "report it with this output"),
     ("partitions made ahead", query("law_partitions"), "start a replica: its maintenance makes them"),
 )
 

@@ -1,6 +1,18 @@
 -- Generated from the migrations by tests/integration/test_migrate.py; do not edit. Partitions are left out.
 
+create sequence event_id_seq as bigint start 1 increment 1;
+
 create sequence poll_seq as bigint start 1 increment 1;
+
+create table account (
+  id bigint generated always as identity not null,
+  name text not null,
+  created_at timestamp with time zone default now() not null,
+  is_dev boolean default false not null,
+  limits text default '{}'::text not null,
+  key_id text not null,
+  keys bytea not null
+);
 
 create table attempt (
   at timestamp with time zone default now() not null,
@@ -99,8 +111,48 @@ create table due (
   id bigint not null,
   attempt smallint not null,
   losses smallint not null,
-  token bigint not null
+  token bigint not null,
+  gate_id bigint
 );
+
+create table endpoint (
+  group_id bigint not null,
+  key text not null,
+  name text,
+  url text not null,
+  place bigint generated always as identity not null
+);
+
+create table event (
+  at timestamp with time zone default clock_timestamp() not null,
+  id bigint default nextval('event_id_seq'::regclass) not null,
+  account_id bigint not null,
+  message_id bigint not null,
+  state smallint not null,
+  retried smallint default 0 not null,
+  next_at timestamp with time zone,
+  status integer,
+  error text,
+  response_header text,
+  response_body bytea
+) partition by RANGE (at);
+
+create table gate (
+  id bigint generated always as identity not null,
+  account_id bigint not null,
+  kind text not null,
+  name text not null,
+  parallelism integer,
+  rate integer,
+  period_s integer default 1 not null,
+  rate_start timestamp with time zone default now() not null,
+  rate_count integer default 0 not null,
+  is_paused boolean default false not null,
+  pins_parallelism boolean default false not null,
+  pins_rate boolean default false not null,
+  created_at timestamp with time zone default now() not null,
+  updated_at timestamp with time zone default now() not null
+) with (fillfactor=60);
 
 create table grain_epoch (
   stream_id bigint not null,
@@ -123,6 +175,16 @@ create table handover (
   reported_status integer
 );
 
+create table held (
+  gate_id bigint not null,
+  key_id bigint not null,
+  prio smallint not null,
+  id bigint not null,
+  attempt smallint not null,
+  losses smallint not null,
+  token bigint not null
+);
+
 create table job (
   id bigint generated always as identity not null,
   kind text not null,
@@ -131,7 +193,8 @@ create table job (
   max_attempts smallint default 5 not null,
   timeout_s real default 60 not null,
   created_at timestamp with time zone default now() not null,
-  body bytea not null
+  body bytea not null,
+  gates bigint[]
 );
 
 create table lease (
@@ -164,11 +227,36 @@ create table ledger (
   amount numeric
 ) partition by RANGE (bucket_start);
 
+create table message (
+  id bigint not null,
+  account_id bigint not null,
+  salt bigint not null,
+  url text not null,
+  host text not null,
+  method text not null,
+  spec text not null,
+  payload_id bigint,
+  not_before timestamp with time zone not null,
+  created_at timestamp with time zone default now() not null,
+  source_id bigint,
+  queue text,
+  flow_id bigint,
+  schedule_id text,
+  topic text,
+  labels text[],
+  caller_ip text
+);
+
 create table pause (
   host text not null,
   org text not null,
   until timestamp with time zone not null,
   reason text not null
+);
+
+create table payload (
+  id bigint not null,
+  body bytea not null
 );
 
 create table ready (
@@ -186,11 +274,37 @@ create table ready_floor (
   at xid8 not null
 );
 
+create table schedule (
+  account_id bigint not null,
+  id text not null,
+  created_at timestamp with time zone default now() not null,
+  cron text not null,
+  destination text not null,
+  spec text not null,
+  body bytea default '\x'::bytea not null,
+  queue text,
+  flow_key text,
+  labels text[],
+  caller_ip text,
+  is_paused boolean default false not null,
+  next_at timestamp with time zone,
+  last_at timestamp with time zone,
+  last_ids bigint[],
+  error text
+);
+
 create table schema_migration (
   version integer not null,
   name text not null,
   sha256 text not null,
   applied_at timestamp with time zone default now() not null
+);
+
+create table slot (
+  job_id bigint not null,
+  gate_id bigint not null,
+  owner_id bigint not null,
+  is_kept boolean not null
 );
 
 create table stream (
@@ -234,6 +348,25 @@ create table tick (
   done_in_time integer
 );
 
+create table token (
+  id bigint generated always as identity not null,
+  account_id bigint not null,
+  name text not null,
+  hash bytea not null,
+  is_read_only boolean default false not null,
+  created_at timestamp with time zone default now() not null,
+  revoked_at timestamp with time zone
+);
+
+create table url_group (
+  id bigint generated always as identity not null,
+  account_id bigint not null,
+  name text not null,
+  headers text default '{}'::text not null,
+  created_at timestamp with time zone default now() not null,
+  updated_at timestamp with time zone default now() not null
+);
+
 create table usage_row (
   tenant_id bigint not null,
   stream_id bigint not null,
@@ -265,6 +398,12 @@ create table worker (
   info text default ''::text not null
 ) with (fillfactor=50);
 
+alter table account add constraint account_name_check CHECK ((name ~ '^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$'::text));
+
+alter table account add constraint account_name_key UNIQUE (name);
+
+alter table account add constraint account_pkey PRIMARY KEY (id);
+
 alter table batch_summary add constraint batch_summary_pkey PRIMARY KEY (job_id);
 
 alter table booking add constraint booking_pkey PRIMARY KEY (poll_seq);
@@ -285,6 +424,20 @@ alter table dedup add constraint dedup_pkey PRIMARY KEY (key);
 
 alter table delivery add constraint delivery_pkey PRIMARY KEY (message_id);
 
+alter table endpoint add constraint endpoint_pkey PRIMARY KEY (group_id, key);
+
+alter table gate add constraint gate_account_id_kind_name_key UNIQUE (account_id, kind, name);
+
+alter table gate add constraint gate_kind_check CHECK ((kind = ANY (ARRAY['queue'::text, 'flow'::text, 'all'::text])));
+
+alter table gate add constraint gate_parallelism_check CHECK ((parallelism > 0));
+
+alter table gate add constraint gate_period_s_check CHECK ((period_s > 0));
+
+alter table gate add constraint gate_pkey PRIMARY KEY (id);
+
+alter table gate add constraint gate_rate_check CHECK ((rate > 0));
+
 alter table grain_epoch add constraint grain_epoch_pkey PRIMARY KEY (stream_id, start_at);
 
 alter table handover add constraint handover_pkey PRIMARY KEY (job_id);
@@ -297,9 +450,17 @@ alter table lease add constraint lease_pkey PRIMARY KEY (id);
 
 alter table ledger add constraint ledger_pkey PRIMARY KEY (tenant_id, bucket_start, row_key, revision);
 
+alter table message add constraint message_pkey PRIMARY KEY (id);
+
 alter table pause add constraint pause_pkey PRIMARY KEY (host, org);
 
+alter table payload add constraint payload_pkey PRIMARY KEY (id);
+
+alter table schedule add constraint schedule_pkey PRIMARY KEY (account_id, id);
+
 alter table schema_migration add constraint schema_migration_pkey PRIMARY KEY (version);
+
+alter table slot add constraint slot_pkey PRIMARY KEY (job_id, gate_id);
 
 alter table stream add constraint stream_connection_id_source_key UNIQUE (connection_id, source);
 
@@ -315,6 +476,16 @@ alter table tick add constraint tick_pkey PRIMARY KEY (slot_at);
 
 alter table tick add constraint tick_via_check CHECK ((via = ANY (ARRAY['internal'::text, 'fallback'::text, 'qstash'::text, 'command'::text])));
 
+alter table token add constraint token_account_id_name_key UNIQUE (account_id, name);
+
+alter table token add constraint token_hash_key UNIQUE (hash);
+
+alter table token add constraint token_pkey PRIMARY KEY (id);
+
+alter table url_group add constraint url_group_account_id_name_key UNIQUE (account_id, name);
+
+alter table url_group add constraint url_group_pkey PRIMARY KEY (id);
+
 alter table usage_row add constraint usage_row_basis_check CHECK ((basis = ANY (ARRAY['provider'::text, 'local'::text])));
 
 alter table usage_row add constraint usage_row_pkey PRIMARY KEY (stream_id, bucket_start, row_key);
@@ -325,11 +496,21 @@ alter table bucket add constraint bucket_stream_id_fkey FOREIGN KEY (stream_id) 
 
 alter table connection add constraint connection_tenant_id_fkey FOREIGN KEY (tenant_id) REFERENCES tenant(id);
 
+alter table endpoint add constraint endpoint_group_id_fkey FOREIGN KEY (group_id) REFERENCES url_group(id) ON DELETE CASCADE;
+
+alter table gate add constraint gate_account_id_fkey FOREIGN KEY (account_id) REFERENCES account(id);
+
 alter table grain_epoch add constraint grain_epoch_stream_id_fkey FOREIGN KEY (stream_id) REFERENCES stream(id);
+
+alter table schedule add constraint schedule_account_id_fkey FOREIGN KEY (account_id) REFERENCES account(id);
 
 alter table stream add constraint stream_connection_id_fkey FOREIGN KEY (connection_id) REFERENCES connection(id);
 
 alter table stream add constraint stream_tenant_id_fkey FOREIGN KEY (tenant_id) REFERENCES tenant(id);
+
+alter table token add constraint token_account_id_fkey FOREIGN KEY (account_id) REFERENCES account(id);
+
+alter table url_group add constraint url_group_account_id_fkey FOREIGN KEY (account_id) REFERENCES account(id);
 
 CREATE INDEX attempt_id ON public.attempt USING btree (id);
 
@@ -357,17 +538,35 @@ CREATE INDEX due_at ON public.due USING btree (run_at);
 
 CREATE INDEX due_id ON public.due USING btree (id);
 
+CREATE INDEX event_account ON public.event USING btree (account_id, at, id);
+
+CREATE INDEX event_message ON public.event USING btree (message_id);
+
 CREATE INDEX handover_message ON public.handover USING btree (message_id) WHERE (message_id IS NOT NULL);
 
 CREATE INDEX handover_slot ON public.handover USING btree (slot_at);
 
+CREATE INDEX held_gate ON public.held USING btree (gate_id, id);
+
+CREATE INDEX held_id ON public.held USING btree (id);
+
 CREATE INDEX ledger_booked ON public.ledger USING btree (booked_at);
+
+CREATE INDEX message_account ON public.message USING btree (account_id, created_at);
+
+CREATE INDEX message_flow ON public.message USING btree (flow_id) WHERE (flow_id IS NOT NULL);
+
+CREATE INDEX message_payload ON public.message USING btree (payload_id) WHERE (payload_id <> id);
 
 CREATE UNIQUE INDEX ready_floor_one ON public.ready_floor USING btree ((true));
 
 CREATE INDEX ready_id ON public.ready USING btree (id);
 
 CREATE INDEX ready_key ON public.ready USING btree (key_id, prio, born, id);
+
+CREATE INDEX schedule_next ON public.schedule USING btree (next_at) WHERE (NOT is_paused);
+
+CREATE INDEX slot_gate ON public.slot USING btree (gate_id, owner_id);
 
 CREATE INDEX stream_open ON public.stream USING btree (open_job) WHERE (open_job IS NOT NULL);
 
@@ -413,31 +612,23 @@ UNION ALL
     x.at AS run_at,
     x.attempt
    FROM dead x
+     JOIN job j USING (id)
+UNION ALL
+ SELECT j.id,
+    j.kind,
+    j.key_id,
+    'pending'::text AS state,
+    j.created_at AS run_at,
+    h.attempt
+   FROM held h
      JOIN job j USING (id);
 
 CREATE OR REPLACE FUNCTION public.attempt_make_partitions(from_at timestamp with time zone, weeks integer)
  RETURNS integer
  LANGUAGE plpgsql
 AS $function$
-declare
-  monday timestamp;
-  name   text;
-  made   int := 0;
 begin
-  for monday in
-    select date_trunc('week', from_at at time zone 'UTC') + w * interval '7 days' from generate_series(0, weeks) w
-  loop
-    name := 'attempt_' || to_char(monday, 'YYYYMMDD');
-    continue when to_regclass(name) is not null;
-    perform pg_advisory_xact_lock(hashtext('tallyd.attempt.partitions'));
-    -- A query, for to_regclass may answer from a cache that does not know yet what the lock's last holder made.
-    continue when exists (select from pg_class where relname = name and relnamespace = current_schema()::regnamespace);
-    execute format('create table %I (like attempt including defaults)', name);
-    execute format('alter table attempt attach partition %I for values from (%L) to (%L)', name,
-                   monday at time zone 'UTC', (monday + interval '7 days') at time zone 'UTC');
-    made := made + 1;
-  end loop;
-  return made;
+  return make_weeks('attempt', from_at, weeks) + make_weeks('event', from_at, weeks);
 end $function$
 ;
 
@@ -463,6 +654,32 @@ begin
                    month at time zone 'UTC', (month + interval '1 month') at time zone 'UTC');
     execute format('alter table ledger attach partition %I for values from (%L) to (%L)', name,
                    month at time zone 'UTC', (month + interval '1 month') at time zone 'UTC');
+    made := made + 1;
+  end loop;
+  return made;
+end $function$
+;
+
+CREATE OR REPLACE FUNCTION public.make_weeks(parent text, from_at timestamp with time zone, weeks integer)
+ RETURNS integer
+ LANGUAGE plpgsql
+AS $function$
+declare
+  monday timestamp;
+  name   text;
+  made   int := 0;
+begin
+  for monday in
+    select date_trunc('week', from_at at time zone 'UTC') + w * interval '7 days' from generate_series(0, weeks) w
+  loop
+    name := parent || '_' || to_char(monday, 'YYYYMMDD');
+    continue when to_regclass(name) is not null;
+    perform pg_advisory_xact_lock(hashtext('tallyd.' || parent || '.partitions'));
+    -- A query, for to_regclass may answer from a cache that does not know yet what the lock's last holder made.
+    continue when exists (select from pg_class where relname = name and relnamespace = current_schema()::regnamespace);
+    execute format('create table %I (like %I including defaults)', name, parent);
+    execute format('alter table %I attach partition %I for values from (%L) to (%L)', parent, name,
+                   monday at time zone 'UTC', (monday + interval '7 days') at time zone 'UTC');
     made := made + 1;
   end loop;
   return made;

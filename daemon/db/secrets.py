@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -27,6 +27,15 @@ from daemon.domain.errors import ConfigError, CredentialError
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
+
+
+class Row(Protocol):
+    """Where a secret stands: it opens nowhere else."""
+
+    @property
+    def associated_data(self) -> bytes: ...
+    @property
+    def owner(self) -> str: ...
 
 
 class Place(NamedTuple):
@@ -39,6 +48,10 @@ class Place(NamedTuple):
     @property
     def associated_data(self) -> bytes:
         return f"tallyd.connection.v1\0{self.tenant_id}\0{self.connection_id}\0{self.provider}".encode()
+
+    @property
+    def owner(self) -> str:
+        return f"the stored credential of connection {self.connection_id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +99,12 @@ class Keyring:
     def __contains__(self, key_id: str) -> bool:
         return key_id in self._ciphers
 
-    def seal(self, credential: Secret, place: Place) -> Sealed:
+    def seal(self, credential: Secret, place: Row) -> Sealed:
         nonce = os.urandom(NONCE_BYTES)
         text = credential.reveal().encode()
         return Sealed(self.first, nonce + self._ciphers[self.first].encrypt(nonce, text, place.associated_data))
 
-    def open(self, sealed: Sealed, place: Place) -> Secret:
+    def open(self, sealed: Sealed, place: Row) -> Secret:
         """The credential in clear.
 
         Raises:
@@ -107,7 +120,7 @@ class Keyring:
             clear = cipher.decrypt(sealed.blob[:NONCE_BYTES], sealed.blob[NONCE_BYTES:], place.associated_data)
         except (InvalidTag, ValueError) as error:  # ValueError: a blob shorter than its nonce or tag
             raise CredentialError(
-                f"the stored credential of connection {place.connection_id} was altered or belongs to another row; "
+                f"{place.owner} was altered or belongs to another row; "
                 "set it again with `tallyd connections set-credential`"
             ) from error
         return Secret(clear.decode())

@@ -3,6 +3,7 @@
     DaemonError
     ├── ConfigError                startup only: every problem at once, exit 2
     ├── UsageError                 a caller of the CLI or API asked for something that cannot be: exit 2
+    │   └── QuotaError             one more than its account may have
     ├── ImportRefusedError         lines of a file that cannot be; nothing of it was stored: exit 2
     ├── TransientError             try again; carries retry_after_s
     │   ├── RateLimitedError       the provider said 429
@@ -49,8 +50,13 @@ class UsageError(DaemonError):
 
     def __init__(self, field: str, problem: str, fix: str = "") -> None:
         self.field = field
+        self.problem = problem
         self.fix = fix
         super().__init__(f"{field}: {problem}" + (f"; {fix}" if fix else ""))
+
+
+class QuotaError(UsageError):
+    """The request is one too many, or too large, for what its account may ask for."""
 
 
 class ImportRefusedError(DaemonError):

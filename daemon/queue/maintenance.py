@@ -61,11 +61,16 @@ class DeadDetail:
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """Jobs by state, under the names that `job_state` gives them; ages in seconds, None when there is nothing."""
+    """Jobs by state, under the names that `job_state` gives them; ages in seconds, None when there is nothing.
+
+    Attributes:
+        pending: held by a limit: a FIFO queue, a flow-control key, an account's parallelism.
+    """
 
     available: int
     scheduled: int
     retryable: int
+    pending: int
     running: int
     discarded: int
     oldest_available_s: float | None

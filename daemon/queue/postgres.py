@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -19,11 +19,13 @@ from daemon.db.pool import Database, Executor, Record, Session, query
 from daemon.db.text import storable
 from daemon.domain.errors import LeaseLostError, UsageError
 from daemon.domain.job import (
+    KEY_END,
     Cancelled,
     Completed,
     Discarded,
     Job,
     JobId,
+    Lane,
     NewJob,
     Outcome,
     Retryable,
@@ -31,6 +33,7 @@ from daemon.domain.job import (
     Snoozed,
     WorkerId,
 )
+from daemon.queue.gates import Gates
 from daemon.queue.wake import Waker
 
 BODY_BYTES_MAX = 1 << 20
@@ -42,6 +45,8 @@ LOSSES_MAX = 5
 PROMOTE_MAX = 2_000
 RESCUE_MAX = 500
 FLOOR_S = 0.5
+ADMIT_S = 1.0
+"""Who opens a gate lets pass at once; rounds over all of them only find what was missed."""
 FLOOR_HEADS = 1_000
 FIRST_KEY = -1
 """The cursor before every key: keys are never negative."""
@@ -58,6 +63,7 @@ _CLAIM = query("claim_fair")
 _RAISE_FLOOR = query("raise_floor")
 _SETTLE = query("settle")
 _LOCK_LEASE = query("lock_lease")
+_LOCK_LEASES = query("lock_leases")
 _RELEASE = query("release")
 _RELEASE_OTHERS = query("release_others")
 _BRING_FORWARD = query("bring_forward")
@@ -87,10 +93,16 @@ class Ending(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class ClaimResult:
-    """`last_key` is the cursor for the next claim."""
+    """What a claim took.
+
+    Attributes:
+        last_key: the cursor for the next claim.
+        is_held_back: jobs were left behind whose keys have all that the lane allows them in hand.
+    """
 
     jobs: list[Job]
     last_key: int
+    is_held_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +127,9 @@ class PostgresQueue:
     def __init__(self, db: Database) -> None:
         self._db = db
         self._floor_due = 0.0
+        self._admit_due = 0.0
         self.waker = Waker(db)
+        self.gates = Gates(db)
 
     # Enqueue
 
@@ -141,7 +155,7 @@ class PostgresQueue:
         tx.on_commit(self.waker.wake)
         if all(job.dedup_id is None for job in jobs):
             return await _insert(tx, jobs, [None] * len(jobs))
-        owners = await _deduplicated(tx, jobs)
+        owners = await deduplicate(tx, jobs)
         fresh = [index for index, (_, is_new) in enumerate(owners) if is_new]
         await _insert(tx, [jobs[i] for i in fresh], [owners[i][0] for i in fresh])
         return [owner for owner, _ in owners]
@@ -159,23 +173,50 @@ class PostgresQueue:
 
     # Claim and settle
 
-    async def claim(self, worker: WorkerId, limit: int, after_key: int = FIRST_KEY) -> ClaimResult:
+    async def claim(
+        self,
+        worker: WorkerId,
+        limit: int,
+        after_key: int = FIRST_KEY,
+        lane: Lane | None = None,
+        busy: Mapping[int, int] | None = None,
+    ) -> ClaimResult:
         """Take up to `limit` jobs for `worker`, an equal share from each key after the cursor; then round again.
 
-        A short answer is not the end: claim again until it is empty. The lease runs for the job's time-out + 15 s.
+        A short answer is not the end: claim again until it is empty, which means that nothing can be claimed now. The
+        lease runs for the job's time-out + 15 s.
+
+        Args:
+            lane: whose keys to claim from, and how many jobs of each may be in hand. None: all keys, without a limit.
+            busy: how many of the lane's jobs are in hand by now, by key.
         """
-        rows = await self._db.fetch(_CLAIM, after_key, limit, worker, LEASE_GRACE_S)
-        if not rows and after_key != FIRST_KEY:
-            rows = await self._db.fetch(_CLAIM, FIRST_KEY, limit, worker, LEASE_GRACE_S)
-        if not rows:
-            return ClaimResult([], FIRST_KEY)
-        self._floor_due = min(self._floor_due, monotonic() + FLOOR_S)
-        is_at_end = rows[0]["keys"] < limit
-        return ClaimResult([_job(row) for row in rows], FIRST_KEY if is_at_end else rows[0]["last_key"])
+        before, end, per_key = (
+            (FIRST_KEY, KEY_END, None) if lane is None else (lane.first_key - 1, lane.end_key, lane.per_key)
+        )
+        in_hand = sorted(busy.items()) if busy and per_key is not None else []
+        each = limit if per_key is None else per_key
+        limits = (each, [key for key, _ in in_hand], [max(0, each - count) for _, count in in_hand])
+        start = max(before, after_key)
+        is_held_back = False
+        for first, stop in ((start, end), (before, min(start + 1, end))):
+            cursor, is_at_end = first, first + 1 >= stop
+            while not is_at_end:
+                rows = await self._db.fetch(_CLAIM, cursor, limit, worker, LEASE_GRACE_S, stop, *limits)
+                cursor, is_at_end = rows[0]["last_key"], rows[0]["keys"] < limit
+                is_held_back = is_held_back or rows[0]["is_held_back"]
+                if rows[0]["id"] is not None:
+                    self._floor_due = min(self._floor_due, monotonic() + FLOOR_S)
+                    jobs = [_job(row) for row in rows]
+                    return ClaimResult(jobs, FIRST_KEY if is_at_end else cursor, is_held_back)
+        return ClaimResult([], FIRST_KEY, is_held_back)
 
     async def settle(self, settlements: Iterable[Settlement]) -> set[JobId]:
         """Write how jobs ended. Returns those whose lease was still ours; of the others nothing was written."""
         return await _settle(self._db, settlements)
+
+    async def settle_many_in(self, tx: Session, settlements: Iterable[Settlement]) -> set[JobId]:
+        """The same, in the caller's transaction."""
+        return await _settle(tx, settlements)
 
     async def settle_in(self, tx: Session, settlement: Settlement) -> None:
         """Settle one job together with its data.
@@ -194,6 +235,11 @@ class PostgresQueue:
         """
         if await tx.fetchval(_LOCK_LEASE, job.id, job.token) is None:
             raise LeaseLostError(f"job {job.id}: token {job.token} is stale")
+
+    async def lock_leases(self, tx: Session, jobs: Iterable[Job]) -> set[JobId]:
+        """The same for several. Returns those that are still ours."""
+        held = sorted(jobs, key=lambda job: job.id)
+        return _ids(await tx.fetch(_LOCK_LEASES, [job.id for job in held], [job.token for job in held]))
 
     async def release(self, jobs: Iterable[Job]) -> set[JobId]:
         """Give claimed jobs back, to run at once elsewhere; no attempt is spent."""
@@ -275,12 +321,19 @@ class PostgresQueue:
         self._floor_due = math.inf  # until something is claimed
 
     async def promote(self) -> Promotion:
-        """Move what has become due to ready, at most 2,000 at a time; and raise the floor, if it is time."""
+        """Move what has become due to ready, at most 2,000 at a time, and through the gates whom they let pass; and raise
+        the floor, if it is time.
+        """
         if monotonic() >= self._floor_due:
             await self.raise_floor()
         row = await self._db.fetchrow(_PROMOTE, PROMOTE_MAX)
         assert row is not None
         promotion = Promotion(row["moved"], row["next_s"])
+        if row["is_held"] and (promotion.moved or monotonic() >= self._admit_due):
+            admitted, opens_s = await self.gates.admit_waiting()
+            self._admit_due = monotonic() + min(ADMIT_S, opens_s or ADMIT_S)
+            waits = [wait_s for wait_s in (promotion.next_s, opens_s) if wait_s is not None]
+            promotion = Promotion(promotion.moved + admitted, min(waits, default=None))
         if promotion.moved:
             self.waker.wake()
         return promotion
@@ -319,7 +372,7 @@ async def _insert(db: Executor, jobs: Sequence[NewJob], ids: Sequence[JobId | No
     return [JobId(row["id"]) for row in await db.fetch(_ENQUEUE, *_columns(jobs, ids))]
 
 
-async def _deduplicated(tx: Session, jobs: Sequence[NewJob]) -> list[tuple[JobId, bool]]:
+async def deduplicate(tx: Session, jobs: Sequence[NewJob]) -> list[tuple[JobId, bool]]:
     """For each job its id, and whether it is to be stored under it.
 
     The dedup rows are locked until the caller commits, in the order of their keys, so that of two racing callers the

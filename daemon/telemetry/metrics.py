@@ -59,6 +59,20 @@ PUBLISHED = Counter(
     "tallyd_qstash_messages", "Batches offered to QStash, by what became of them.", ["outcome"], registry=REGISTRY
 )
 
+PUSHES = Counter(
+    "tallyd_pushes", "Attempts to deliver a message to its URL, by how they ended.", ["outcome"], registry=REGISTRY
+)
+PUSH_SECONDS = Histogram(
+    "tallyd_push_duration_seconds", "How long endpoints took.", buckets=_REQUEST_S, registry=REGISTRY
+)
+API_REQUESTS = Counter(
+    "tallyd_api_requests", "Requests to /v2 that were answered.", ["resource", "code"], registry=REGISTRY
+)
+API_SECONDS = Histogram(
+    "tallyd_api_request_duration_seconds", "From the head of a request to /v2 to its answer.", ["resource"],
+    buckets=_DELIVERY_S, registry=REGISTRY,
+)  # fmt: skip
+
 
 def exposition(gauges: Iterable[Gauge]) -> bytes:
     """The answer to a scrape: this process's counters, and the gauges given."""

@@ -100,5 +100,13 @@ def _log_finished(outcome: Outcome, duration_s: float) -> None:
             fields["note"] = note
         case Retryable(reason=reason) | Discarded(reason=reason) | Cancelled(reason=reason) | Snoozed(reason=reason):
             fields["reason"] = reason
-    level = log.error if isinstance(outcome, Discarded) else log.warning if isinstance(outcome, Retryable) else log.info
+    match outcome:
+        case Discarded():
+            level = log.error
+        case Retryable():
+            level = log.warning
+        case Completed(is_told=True):
+            level = log.debug
+        case _:
+            level = log.info
     level("job.finished", **fields)

@@ -9,11 +9,14 @@ import pytest
 from daemon.db.pool import Database
 from daemon.domain.errors import DataRejectedError, LeaseLostError, UsageError
 from daemon.domain.job import (
+    KEY_END,
+    PUSH_KEY,
     Cancelled,
     Completed,
     Discarded,
     Job,
     JobId,
+    Lane,
     NewJob,
     Outcome,
     Retryable,
@@ -271,6 +274,75 @@ async def test_order_within_a_key_is_priority_then_age(queue: PostgresQueue, car
         job = await one(queue, worker)
         kinds.append(job.kind)
     assert kinds == ["urgent", "old", "young"]
+
+
+# Lanes
+
+PUSH = Lane("push", PUSH_KEY, KEY_END, concurrency=100, per_key=3)
+
+
+async def test_lane_takes_its_own_keys_only(queue: PostgresQueue, care, worker: WorkerId) -> None:
+    await queue.enqueue([NewJob("a", key=key) for key in (9, 10, 11, 19, 20)])
+    lane = Lane("some", 10, 20, concurrency=5)
+    for after_key in (FIRST_KEY, 10, 19, 500):  # wherever the cursor stands
+        result = await queue.claim(worker, 10, after_key, lane)
+        assert {job.key for job in result.jobs} == ({11, 19} if after_key == 10 else {10, 11, 19})
+        await queue.release(result.jobs)
+    assert len((await queue.claim(worker, 10, FIRST_KEY, lane)).jobs) == 3
+    assert (await queue.claim(worker, 10, FIRST_KEY, lane)).jobs == []
+    assert {job.key for job in (await queue.claim(worker, 10)).jobs} == {9, 20}
+
+
+@pytest.mark.parametrize("busy", [0, 1, 2, 3, 4])
+async def test_key_gets_no_more_than_its_lane_allows(queue, care, worker, busy: int) -> None:
+    """What is beyond stays ready, for whoever has room for it."""
+    await queue.enqueue([NewJob("a", key=PUSH_KEY + n % 2) for n in range(20)])
+    result = await queue.claim(worker, 50, FIRST_KEY, PUSH, {PUSH_KEY: busy})
+    keys = [job.key - PUSH_KEY for job in result.jobs]
+    assert (keys.count(0), keys.count(1)) == (max(0, 3 - busy), 3)
+    assert result.is_held_back == (busy >= 3)
+    assert (await care.stats()).available == 20 - len(keys)
+
+
+async def test_lane_without_a_limit_by_key_ignores_what_is_in_hand(queue, care, worker) -> None:
+    await queue.enqueue([NewJob("a", key=5) for _ in range(20)])
+    lane = Lane("poll", 0, PUSH_KEY, concurrency=100)
+    assert len((await queue.claim(worker, 20, FIRST_KEY, lane, {5: 50})).jobs) == 20
+
+
+async def test_full_keys_take_no_share_and_starve_nobody_behind_them(queue, care, worker) -> None:
+    """More keys are full than a claim looks at otherwise, and each has its jobs in the way."""
+    await queue.enqueue([NewJob("a", key=PUSH_KEY + n % 40) for n in range(200)])
+    await queue.enqueue([NewJob("a", key=PUSH_KEY + 40 + n % 2) for n in range(20)])
+    lane = Lane("push", PUSH_KEY, KEY_END, concurrency=100, per_key=5)
+    busy = {PUSH_KEY + n: 5 for n in range(40)} | {PUSH_KEY + 41: 4}
+    result = await queue.claim(worker, 10, FIRST_KEY, lane, busy)
+    assert sorted(job.key - PUSH_KEY for job in result.jobs) == [40] * 5 + [41]
+    assert result.is_held_back
+    busy |= {PUSH_KEY + 40: 5, PUSH_KEY + 41: 5}
+    nothing = await queue.claim(worker, 10, result.last_key, lane, busy)
+    assert (nothing.jobs, nothing.is_held_back) == ([], True)
+
+
+async def test_claim_goes_on_behind_keys_whose_heads_others_are_taking(db, queue, care, worker) -> None:
+    """An empty answer means that nothing can be claimed, not that the first keys could not."""
+    await queue.enqueue([NewJob("a", key=PUSH_KEY + key) for key in range(10)])
+    for after_key in (FIRST_KEY, PUSH_KEY + 3, PUSH_KEY + 9):
+        async with db.transaction() as tx:
+            await tx.execute("select from ready where key_id < $1 for update", PUSH_KEY + 9)
+            result = await queue.claim(worker, 2, after_key, PUSH)
+            assert [job.key for job in result.jobs] == [PUSH_KEY + 9]
+        await queue.release(result.jobs)
+
+
+async def test_cursor_of_a_lane_visits_every_key_in_turn(queue, care, worker) -> None:
+    await queue.enqueue([NewJob("a", key=PUSH_KEY + n % 10) for n in range(100)])
+    seen, cursor = set(), FIRST_KEY
+    for _ in range(5):
+        result = await queue.claim(worker, 2, cursor, PUSH)
+        cursor = result.last_key
+        seen |= {job.key for job in result.jobs}
+    assert len(seen) == 10
 
 
 # Settle and fence

@@ -4,6 +4,7 @@
 select (select count(*) from ready) as available,
   (select count(*) from due where attempt = 0) as scheduled,
   (select count(*) from due where attempt > 0) as retryable,
+  (select count(*) from held) as pending,
   (select count(*) from lease) as running,
   (select count(*) from dead) as discarded,
   (select extract(epoch from now() - min(run_at))::float8 from ready) as oldest_s,

@@ -178,9 +178,22 @@ select id, coalesce(string_agg(state, ', ' order by state), 'nowhere') as states
 from job j full join (
   select id, 'ready' as state from ready union all select id, 'due' from due
   union all select id, 'lease' from lease union all select id, 'dead' from dead
+  union all select id, 'held' from held
 ) s using (id)
 group by id, j.id
 having count(s.state) <> 1 or j.id is null
+limit 20
+
+-- name: law_messages
+-- A job that pushes has its message, whoever waits at a gate has that gate, and who holds a place there is under way.
+select 'job ' || j.id || ' has no message' as problem from job j
+where j.kind = 'push' and not exists (select from message m where m.id = j.id)
+union all
+select 'job ' || h.id || ' waits at gate ' || h.gate_id || ', which is not there' from held h
+where not exists (select from gate g where g.id = h.gate_id)
+union all
+select 'job ' || s.job_id || ' is gone, and holds a place at gate ' || s.gate_id from slot s
+where not exists (select from job j where j.id = s.job_id)
 limit 20
 
 -- name: law_ready_floor
@@ -194,7 +207,9 @@ select name from (values
   ('ledger_' || to_char(now() at time zone 'UTC', 'YYYYMM')),
   ('ledger_' || to_char(now() at time zone 'UTC' + interval '1 month', 'YYYYMM')),
   ('attempt_' || to_char(date_trunc('week', now() at time zone 'UTC'), 'YYYYMMDD')),
-  ('attempt_' || to_char(date_trunc('week', now() at time zone 'UTC') + interval '7 days', 'YYYYMMDD'))) as p(name)
+  ('attempt_' || to_char(date_trunc('week', now() at time zone 'UTC') + interval '7 days', 'YYYYMMDD')),
+  ('event_' || to_char(date_trunc('week', now() at time zone 'UTC'), 'YYYYMMDD')),
+  ('event_' || to_char(date_trunc('week', now() at time zone 'UTC') + interval '7 days', 'YYYYMMDD'))) as p(name)
 where to_regclass(name) is null
 
 -- name: insights_stream_labels

@@ -60,26 +60,33 @@ update dedup d set job_id = u.job_id, expires_at = now() + make_interval(secs =>
 from unnest($1::text[], $2::bigint[], $3::float8[]) as u(key, job_id, window_s) where d.key = u.key
 
 -- name: claim_fair
--- Up to $2 keys after the cursor $1 by a loose index scan, and an equal share of the head of each. `array(...)` and
--- MATERIALIZED keep the planner from running a LIMIT twice. Nothing in `ready` lies in the future. Below the floor lie
+-- Up to $2 keys after the cursor $1 and before $5 by a loose index scan, and an equal share of the head of each, but no
+-- more than it has room for: $8 for the keys $7, sorted for a binary search, and $6 for all others. A key without room is
+-- stepped over and does not count. When nothing is taken, one row without a job tells how far the scan came. `array(...)`
+-- and MATERIALIZED keep the planner from running a LIMIT twice. Nothing in `ready` lies in the future. Below the floor lie
 -- only index entries of claimed jobs, which stay for as long as anybody holds a snapshot open. A floor that lies ahead
 -- of the server's own transactions was copied here from another server, and says nothing.
 with recursive f as materialized (
   select coalesce(
     (select at from ready_floor where at <= pg_snapshot_xmin(pg_current_snapshot()) limit 1), '0'::xid8) as at),
-k(key_id, n) as (
-  (select key_id, 1 from ready where key_id > $1::bigint and born >= (select at from f) order by key_id limit 1)
+k(key_id, room, n) as (
+  (select $1::bigint, null::int, 0)
   union all
-  select (select q.key_id from ready q where q.key_id > k.key_id and q.born >= (select at from f)
-          order by q.key_id limit 1), n + 1
-  from k where k.key_id is not null and n < $2::int),
-v as materialized (select count(*) as keys, max(key_id) as last_key from k where key_id is not null),
+  select q.key_id, q.room, k.n + (q.room > 0)::int from k cross join lateral (
+    select key_id, case when ($7::bigint[])[width_bucket(key_id, $7)] = key_id
+                     then ($8::int[])[width_bucket(key_id, $7)] else $6::int end as room
+    from ready where key_id > k.key_id and key_id < $5::bigint and born >= (select at from f) order by key_id limit 1) q
+  where k.n < $2::int),
+v as materialized (
+  select count(*) filter (where room > 0) as keys, max(key_id) as last_key,
+         coalesce(bool_or(room = 0), false) as is_held_back
+  from k),
 h as materialized (
   select q.t from k cross join lateral (
     select ctid as t from ready r where r.key_id = k.key_id and r.born >= (select at from f)
-    order by r.prio, r.born, r.id limit (select greatest(1, $2::int / greatest(1, keys)) from v)
+    order by r.prio, r.born, r.id limit least(k.room, (select greatest(1, $2::int / greatest(1, keys)) from v))
     for update skip locked) q
-  where k.key_id is not null),
+  where k.room > 0),
 x as (delete from ready where ctid = any(array(select t from h)) returning id, key_id, prio, attempt, losses, token),
 w as materialized (
   select x.id, x.token + 1 as token, (x.attempt + 1)::smallint as attempt, x.losses, x.key_id, x.prio,
@@ -89,8 +96,8 @@ l as (
   insert into lease (id, token, attempt, losses, worker, key_id, prio, lease_until)
   select id, token, attempt, losses, $3::bigint, key_id, prio, now() + make_interval(secs => timeout_s + $4::float8)
   from w)
-select id, token, kind, body, key_id, attempt, max_attempts, timeout_s, created_at, losses, keys, last_key
-from w cross join v
+select id, token, kind, body, key_id, attempt, max_attempts, timeout_s, created_at, losses, keys, last_key, is_held_back
+from v left join w on true
 
 -- name: raise_floor
 -- The oldest birth among the heads of all (key, prio), or the oldest transaction that still runs, which may yet commit
@@ -118,7 +125,8 @@ update ready_floor set at = n.at from n where ready_floor.at <> n.at
 
 -- name: settle
 -- Outcomes: 1 done 2 retry 3 snooze 4 dead 5 cancelled. A finished job's row goes with its lease. A dead or cancelled
--- job no longer holds what it had opened. Delays and notes may be left out: `unnest` fills up with nulls.
+-- job no longer holds what it had opened. An attempt that has ended counts at no gate, but a FIFO lane stays taken until
+-- its job is done or dead. Delays and notes may be left out: `unnest` fills up with nulls.
 with i as (
   select id, token, outcome, took_ms, coalesce(delay_s, 0) as delay_s, note
   from unnest($1::bigint[], $2::bigint[], $3::smallint[], $4::int[], $5::float8[], $6::text[])
@@ -130,9 +138,15 @@ g as (
   insert into attempt (id, attempt, worker, outcome, took_ms, note)
   select id, attempt, worker, outcome, took_ms, note from x),
 r as (
-  insert into due (run_at, key_id, prio, id, attempt, losses, token)
-  select now() + make_interval(secs => delay_s), key_id, prio, id, attempt - (outcome = 3)::int, 0, token
-  from x where outcome in (2, 3)),
+  insert into due (run_at, key_id, prio, id, attempt, losses, token, gate_id)
+  select now() + make_interval(secs => delay_s), x.key_id, x.prio, x.id, x.attempt - (outcome = 3)::int, 0, token, (
+    select g.id from unnest(j.gates) with ordinality as g(id, place)
+    where not exists (select from slot s where s.job_id = x.id and s.gate_id = g.id and s.is_kept)
+    order by place limit 1)
+  from x join job j on j.id = x.id where outcome in (2, 3)),
+t as (
+  delete from slot where job_id = any(array(select id from x))
+    and (not is_kept or job_id = any(array(select id from x where outcome not in (2, 3))))),
 z as (
   insert into dead (id, attempt, token, reason) select id, attempt, token, coalesce(note, '') from x where outcome = 4),
 f as (delete from job where id = any(array(select id from x where outcome in (1, 5)))),
@@ -143,6 +157,10 @@ select id from x
 
 -- name: lock_lease
 select 1 from lease where id = $1 and token = $2 for update
+
+-- name: lock_leases
+select l.id from lease l join unnest($1::bigint[], $2::bigint[]) as i(id, token) on l.id = i.id and l.token = i.token
+order by l.id for update of l
 
 -- name: release
 -- The attempt is given back and the token kept. Its place in the line is behind what is ready by now.
@@ -167,7 +185,10 @@ select id from x
 with x as (delete from due where id = any($1::bigint[]) returning *),
 r as (
   insert into ready (key_id, prio, run_at, id, attempt, losses, token)
-  select key_id, prio, now(), id, attempt, losses, token from x)
+  select key_id, prio, now(), id, attempt, losses, token from x where gate_id is null),
+h as (
+  insert into held (gate_id, key_id, prio, id, attempt, losses, token)
+  select gate_id, key_id, prio, id, attempt, losses, token from x where gate_id is not null)
 select id from x
 
 -- name: cancel
@@ -175,8 +196,10 @@ select id from x
 with a as (delete from ready where id = any($1::bigint[]) returning id, attempt),
 b as (delete from due where id = any($1::bigint[]) returning id, attempt),
 e as (delete from lease where id = any($1::bigint[]) returning id, attempt),
-x as (select * from a union all select * from b union all select * from e),
+h as (delete from held where id = any($1::bigint[]) returning id, attempt),
+x as (select * from a union all select * from b union all select * from e union all select * from h),
 g as (insert into attempt (id, attempt, outcome, note) select id, attempt, 5, $2::text from x),
+t as (delete from slot where job_id = any(array(select id from x))),
 f as (delete from job where id = any(array(select id from x))),
 c as (update connection set open_job = null where open_job = any(array(select id from x))),
 s as (update stream set open_job = null where open_job = any(array(select id from x)))
@@ -188,9 +211,13 @@ with h as materialized (
 x as (delete from due where ctid = any(array(select t from h)) returning *),
 r as (
   insert into ready (key_id, prio, run_at, id, attempt, losses, token)
-  select key_id, prio, run_at, id, attempt, losses, token from x)
+  select key_id, prio, run_at, id, attempt, losses, token from x where gate_id is null),
+w as (
+  insert into held (gate_id, key_id, prio, id, attempt, losses, token)
+  select gate_id, key_id, prio, id, attempt, losses, token from x where gate_id is not null)
 select (select count(*) from x) as moved,
-       (select extract(epoch from min(run_at) - now())::float8 from due where run_at > now()) as next_s
+       (select extract(epoch from min(run_at) - now())::float8 from due where run_at > now()) as next_s,
+       exists (select from held) or exists (select from x where gate_id is not null) as is_held
 
 -- name: rescue
 -- A lost worker costs no attempt, but $1 losses on end are the job's own fault. The row lock looks at the newest version.
@@ -211,6 +238,7 @@ r as (
   insert into ready (key_id, prio, run_at, id, attempt, losses, token)
   select key_id, prio, claimed_at, id, greatest(0, attempt - 1), losses, token from x where losses < $1),
 z as (insert into dead (id, attempt, token, reason) select id, attempt, token, 'worker lost' from x where losses >= $1),
+t as (delete from slot where job_id = any(array(select id from x where losses >= $1))),
 c as (update connection set open_job = null where open_job = any(array(select id from x where losses >= $1))),
 s as (update stream set open_job = null where open_job = any(array(select id from x where losses >= $1)))
 select id, losses >= $1 as is_dead from x
@@ -241,9 +269,17 @@ select at, attempt, outcome, took_ms, note from attempt where id = $1 order by a
 -- name: dead_replay
 -- The same id and a token that goes on growing: the identity of what it does stays the same.
 with x as (delete from dead where id = any($1::bigint[]) returning id, token),
+j as (
+  select j.id, j.key_id, j.prio, x.token, (
+    select a.id from unnest(j.gates) with ordinality as a(id, place) join gate g on g.id = a.id order by place limit 1
+  ) as gate_id
+  from x join job j on j.id = x.id),
 r as (
   insert into ready (key_id, prio, run_at, id, attempt, losses, token)
-  select j.key_id, j.prio, now(), j.id, 0, 0, x.token from x join job j on j.id = x.id)
+  select key_id, prio, now(), id, 0, 0, token from j where gate_id is null),
+h as (
+  insert into held (gate_id, key_id, prio, id, attempt, losses, token)
+  select gate_id, key_id, prio, id, 0, 0, token from j where gate_id is not null)
 select id from x
 
 -- name: dead_drop
@@ -255,12 +291,15 @@ s as (update stream set open_job = null where open_job = any(array(select id fro
 select id from x
 
 -- name: old_dead
-select id from dead where at < now() - $1::interval order by at limit 1000
+-- Messages have a time of their own: see `prune_old_letters`.
+select d.id from dead d join job j on j.id = d.id
+where d.at < now() - $1::interval and j.kind <> 'push' order by d.at limit 1000
 
 -- name: queue_stats
 select (select count(*) from ready) as available,
        (select count(*) from due where attempt = 0) as scheduled,
        (select count(*) from due where attempt > 0) as retryable,
+       (select count(*) from held) as pending,
        (select count(*) from lease) as running,
        (select count(*) from dead) as discarded,
        (select extract(epoch from now() - min(run_at))::float8 from ready) as oldest_available_s,
@@ -270,7 +309,7 @@ select (select count(*) from ready) as available,
 -- Jobs that are not in exactly one state, and states without a job. One statement, so one moment.
 with s as (
   select id, 'ready' as state from ready union all select id, 'due' from due
-  union all select id, 'lease' from lease union all select id, 'dead' from dead)
+  union all select id, 'lease' from lease union all select id, 'dead' from dead union all select id, 'held' from held)
 select coalesce(j.id, s.id) as id, array_remove(array_agg(s.state), null) as states, bool_or(j.id is not null) as has_job
 from job j full join s on s.id = j.id
 group by 1 having count(s.id) <> 1 or not bool_or(j.id is not null) limit 100
@@ -298,7 +337,7 @@ with e as materialized (
   select c.id from connection c where c.open_job is not null
     and not exists (
       select from ready where id = c.open_job union all select from due where id = c.open_job
-      union all select from lease where id = c.open_job)
+      union all select from lease where id = c.open_job union all select from held where id = c.open_job)
   limit $1 for update skip locked)
 update connection set open_job = null where id = any(array(select id from e))
 
@@ -307,6 +346,6 @@ with e as materialized (
   select t.id from stream t where t.open_job is not null
     and not exists (
       select from ready where id = t.open_job union all select from due where id = t.open_job
-      union all select from lease where id = t.open_job)
+      union all select from lease where id = t.open_job union all select from held where id = t.open_job)
   limit $1 for update skip locked)
 update stream set open_job = null where id = any(array(select id from e))

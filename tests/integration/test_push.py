@@ -1,0 +1,339 @@
+"""Messages on their way to a real endpoint: what arrives, what is tried again, what is reported, and what is left behind."""
+
+import base64
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import anyio
+import pytest
+from qstash import Receiver
+
+from daemon.domain.network import Guard
+from daemon.queue.message import Callback, dead_name
+from daemon.queue.messages import Messages
+from daemon.queue.postgres import PostgresQueue
+from tests.books_kit import until
+from tests.push_kit import Arrived, Endpoint, Pushing, Reply, open_endpoint, open_pushing
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def endpoint() -> AsyncIterator[Endpoint]:
+    async with open_endpoint() as opened:
+        yield opened
+
+
+@pytest.fixture
+async def pushing(database_url: str) -> AsyncIterator[Pushing]:
+    async with open_pushing(database_url) as opened:
+        yield opened
+
+
+def verify(pushing: Pushing, one: Arrived, url: str) -> None:
+    """As a receiver of the official SDK does."""
+    receiver = Receiver(current_signing_key=pushing.keys.next, next_signing_key=pushing.keys.current)
+    receiver.verify(signature=one.headers["upstash-signature"], body=one.body.decode(), url=url)
+
+
+# ── What arrives ────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_message_arrives_as_it_was_published_and_is_signed(pushing: Pushing, endpoint: Endpoint) -> None:
+    url = f"{endpoint.url}/a//b/%7E;x='1'?y=[2]&z=%2F"
+    publication = pushing.publication(
+        url,
+        b'{"a": "\xc3\xa9"}',
+        method="PUT",
+        header={"Content-Type": ["application/json"], "X-Two": ["1", "2"], "Upstash-Message-Id": ["forged"]},
+        labels=("one", "two"),
+        caller_ip="192.0.2.1",
+    )
+    async with pushing.working():
+        (made,) = await pushing.publish(publication)
+        (one,) = await endpoint.has(1)
+        await pushing.logs(made, "DELIVERED")
+    assert (one.method, one.target, one.body) == ("PUT", url.removeprefix(endpoint.url), b'{"a": "\xc3\xa9"}')
+    verify(pushing, one, url)
+    assert [value for name, value in one.lines if name == "X-Two"] == ["1", "2"]
+    assert {name: one.headers.get(name) for name in ("user-agent", "content-type", "upstash-retried")} == {
+        "user-agent": "Upstash-QStash", "content-type": "application/json", "upstash-retried": "0",
+    }  # fmt: skip
+    assert (one.message_id, one.headers["upstash-label"], one.headers["upstash-caller-ip"]) == (
+        str(made.id), "one,two", "192.0.2.1",
+    )  # fmt: skip
+    assert not {"accept", "accept-encoding"} & one.headers.keys()
+    assert await pushing.states(made) == ["CREATED", "ACTIVE", "DELIVERED"]
+    await pushing.is_quiet()
+
+
+@pytest.mark.parametrize("body", [b"", bytes(range(256)), b"x" * 3_000_000], ids=["none", "binary", "large"])
+async def test_any_body_arrives_whole_and_without_a_type_of_ours(
+    pushing: Pushing, endpoint: Endpoint, body: bytes
+) -> None:
+    async with pushing.working():
+        await pushing.publish(pushing.publication(f"{endpoint.url}/", body))
+        (one,) = await endpoint.has(1)
+    assert one.body == body
+    assert "content-type" not in one.headers
+
+
+async def test_each_attempt_is_signed_anew_with_the_current_key(pushing: Pushing, endpoint: Endpoint) -> None:
+    endpoint.judge = lambda one: Reply(500 if one.retried == 0 else 200)
+    async with pushing.working():
+        (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/", retry_delay="3600000"))
+        await pushing.logs(made, "RETRY")
+        rotated = await pushing.accounts.rotate_keys(pushing.account)
+        await pushing.queue.bring_forward([made.id.job])
+        first, second = await endpoint.has(2)
+    assert first.headers["upstash-signature"] != second.headers["upstash-signature"]
+    verify(pushing, first, f"{endpoint.url}/")
+    assert rotated.current == pushing.keys.next
+    pushing.keys = rotated
+    verify(pushing, second, f"{endpoint.url}/")
+    assert first.message_id == second.message_id
+
+
+# ── What is tried again ─────────────────────────────────────────────────────────────────────────
+
+
+async def next_s(pushing: Pushing) -> float:
+    """Seconds until the only waiting job is due."""
+    return float(await pushing.db.fetchval("select extract(epoch from run_at - now()) from due"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reply", "wait_s"),
+    [
+        ({}, Reply(500), 12.18),
+        ({"retry_delay": "1000 * (1 + retried) * 100"}, Reply(404), 100),
+        ({"retry_delay": "1000"}, Reply(429, {"Retry-After": "77"}), 77),
+        ({}, Reply(503, {"X-RateLimit-Reset-Requests": "1m30s", "Retry-After": "2"}), 90),
+        ({}, Reply(302, {"Location": "http://127.0.0.1:1/"}), 12.18),
+        ({}, None, 12.18),
+    ],
+    ids=["backoff", "expression", "retry-after", "reset", "redirect", "hung-up"],
+)
+async def test_a_failed_attempt_waits_as_it_is_told(
+    pushing: Pushing, endpoint: Endpoint, fields: dict, reply: Reply | None, wait_s: float
+) -> None:
+    endpoint.judge = lambda _one: reply
+    async with pushing.working():
+        (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/", **fields))
+        await pushing.logs(made, "RETRY")
+        assert wait_s - 5 < await next_s(pushing) <= wait_s
+    assert await pushing.states(made) == ["CREATED", "ACTIVE", "ERROR", "RETRY"]
+
+
+async def test_after_the_last_attempt_it_is_a_dead_letter_with_what_was_answered(
+    pushing: Pushing, endpoint: Endpoint
+) -> None:
+    endpoint.judge = lambda one: Reply(500, {"X-Why": "because"}, b"no" if one.retried else b"not yet")
+    async with pushing.working():
+        (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/", retries=1, retry_delay="0"))
+        await pushing.logs(made, "FAILED")
+    assert await pushing.states(made) == ["CREATED", "ACTIVE", "ERROR", "RETRY", "ACTIVE", "ERROR", "FAILED"]
+    row = await pushing.db.fetchrow("select * from event where state = 6")
+    assert (row["status"], row["response_body"], json.loads(row["response_header"])["X-Why"]) == (
+        500,
+        b"no",
+        ["because"],
+    )
+    assert await pushing.db.fetchval("select reason from dead") == "the endpoint answered 500"
+    assert [one.retried for one in endpoint.arrived] == [0, 1]
+
+
+@pytest.mark.parametrize("status", [489, 400])
+async def test_an_endpoint_can_ask_to_be_spared(pushing: Pushing, endpoint: Endpoint, status: int) -> None:
+    endpoint.judge = lambda _one: Reply(status, {"Upstash-NonRetryable-Error": "true"})
+    async with pushing.working():
+        (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/"))
+        await pushing.logs(made, "FAILED")
+    assert len(endpoint.arrived) == 1
+
+
+async def test_a_bare_489_is_a_failure_like_any_other(pushing: Pushing, endpoint: Endpoint) -> None:
+    endpoint.judge = lambda _one: Reply(489)
+    async with pushing.working():
+        (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/"))
+        await pushing.logs(made, "RETRY")
+
+
+async def test_an_endpoint_that_says_nothing_in_time_has_failed(pushing: Pushing, endpoint: Endpoint) -> None:
+    never = anyio.Event()
+
+    async def judge(_one: Arrived) -> Reply:
+        await never.wait()
+        return Reply()
+
+    endpoint.judge = judge
+    async with pushing.working():
+        (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/", timeout_s=1))
+        await pushing.logs(made, "RETRY")
+    assert "timed out" in await pushing.db.fetchval("select error from event where state = 3")
+
+
+async def test_a_blocked_address_is_given_up_at_once_and_never_asked(database_url: str, endpoint: Endpoint) -> None:
+    async with open_pushing(database_url, guard=Guard((), allows_all=False)) as pushing, pushing.working():
+        (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/"))
+        await pushing.logs(made, "FAILED")
+        assert await pushing.states(made) == ["CREATED", "ACTIVE", "ERROR", "FAILED"]
+        assert "loopback" in await pushing.db.fetchval("select error from event where state = 6")
+    assert endpoint.connections == 0
+
+
+# ── What is reported ────────────────────────────────────────────────────────────────────────────
+
+
+async def test_each_attempt_is_reported_and_the_last_failure_too(pushing: Pushing, endpoint: Endpoint) -> None:
+    endpoint.judge = lambda one: Reply(500, {"X-A": "b"}, b"\xff\x00") if one.target == "/work" else Reply()
+    spec = {
+        "callback": Callback(f"{endpoint.url}/cb?x=1", header={"X-Mine": ["1"]}),
+        "failure_callback": Callback(f"{endpoint.url}/failed", method="PUT"),
+        "redact": "header[x-secret]",
+        "header": {"X-Secret": ["s3cret"], "X-Open": ["o"]},
+    }
+    async with pushing.working():
+        (made,) = await pushing.publish(
+            pushing.publication(f"{endpoint.url}/work", b"source", retries=1, retry_delay="0", **spec)
+        )
+        reports = await endpoint.has(2, "/cb")
+        (failure,) = await endpoint.has(1, "/failed")
+        await pushing.logs(made, "FAILED")
+
+        async def is_done() -> bool:
+            return not await pushing.db.fetchval("select count(*) from lease")
+
+        await until(is_done, "the reports are settled")
+    died_at = await pushing.db.fetchval("select at from dead")
+    told = [json.loads(one.body) for one in reports]
+    assert [report.get("retried") for report in told] == [None, 1]
+    last = told[1]
+    assert (last["status"], base64.b64decode(last["body"]), last["header"]["X-A"]) == (500, b"\xff\x00", ["b"])
+    assert (last["sourceMessageId"], last["url"], last["maxRetries"]) == (str(made.id), f"{endpoint.url}/work", 1)
+    assert base64.b64decode(last["sourceBody"]) == b"source"
+    assert last["sourceHeader"]["X-Open"] == ["o"]
+    assert last["sourceHeader"]["X-Secret"][0].startswith("REDACTED:")
+    assert "dlqId" not in last
+    assert json.loads(failure.body)["dlqId"] == dead_name(died_at, made.id.job)
+    assert (failure.method, reports[0].headers["x-mine"], reports[0].headers["content-type"]) == (
+        "PUT", "1", "application/json",
+    )  # fmt: skip
+    verify(pushing, reports[0], f"{endpoint.url}/cb?x=1")
+    assert endpoint.at("/work")[0].headers["x-secret"] == "s3cret"  # delivered in clear
+    assert len({one.message_id for one in [*reports, failure]}) == 3
+
+
+async def test_a_failing_callback_makes_no_callback(pushing: Pushing, endpoint: Endpoint) -> None:
+    endpoint.judge = lambda one: Reply(200 if one.target == "/work" else 500)
+    callback = Callback(f"{endpoint.url}/cb", retries=0)
+    async with pushing.working():
+        await pushing.publish(pushing.publication(f"{endpoint.url}/work", callback=callback, failure_callback=callback))
+        await endpoint.has(1, "/cb")
+
+        async def is_dead() -> bool:
+            return bool(await pushing.db.fetchval("select count(*) from dead"))
+
+        await until(is_dead, "the callback is a dead letter")
+    assert await pushing.db.fetchval("select count(*) from message") == 2
+
+
+# ── What is lost, and is not ────────────────────────────────────────────────────────────────────
+
+
+async def test_a_message_that_died_with_its_worker_is_reported_once(pushing: Pushing, endpoint: Endpoint) -> None:
+    """Five workers in a row are lost with it; two replicas then look for whom nobody has told of."""
+    callback = Callback(f"{endpoint.url}/failed")
+    (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/work", failure_callback=callback))
+    for _ in range(5):
+        worker = await pushing.queue.register_worker("lost")
+        assert (await pushing.queue.claim(worker, 1)).jobs
+        await pushing.db.execute("update worker set seen_at = now() - interval '1 minute'")
+        await pushing.queue.rescue()
+    await pushing.db.execute("update dead set at = at - interval '1 minute'")
+    others = Messages(pushing.db, PostgresQueue(pushing.db))
+    told: list[int] = []
+
+    async def mourn(messages: Messages) -> None:
+        told.append(await messages.mourn())
+
+    async with anyio.create_task_group() as group:
+        for messages in (pushing.messages, others):
+            group.start_soon(mourn, messages)
+    assert sum(told) == 1
+    assert await pushing.messages.mourn() == 0
+    assert (await pushing.states(made))[-1] == "FAILED"
+    async with pushing.working():
+        (report,) = await endpoint.has(1, "/failed")
+    assert json.loads(report.body)["sourceMessageId"] == str(made.id)
+
+
+async def test_an_attempt_whose_job_was_cancelled_writes_nothing(pushing: Pushing, endpoint: Endpoint) -> None:
+    arrived, go_on = anyio.Event(), anyio.Event()
+
+    async def judge(_one: Arrived) -> Reply:
+        arrived.set()
+        await go_on.wait()
+        return Reply()
+
+    endpoint.judge = judge
+    callback = Callback(f"{endpoint.url}/cb")
+    async with pushing.working():
+        (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/", callback=callback))
+        await arrived.wait()
+        assert await pushing.queue.cancel([made.id.job]) == {made.id.job}
+        go_on.set()
+        await pushing.is_quiet()
+    assert "DELIVERED" not in await pushing.states(made)
+    assert not endpoint.at("/cb")
+
+
+async def test_one_dead_host_holds_up_nobody(pushing: Pushing, endpoint: Endpoint) -> None:
+    never = anyio.Event()
+
+    async def judge(_one: Arrived) -> Reply:
+        await never.wait()
+        return Reply()
+
+    async with open_endpoint() as hung:
+        hung.judge = judge
+        async with pushing.working():
+            await pushing.publish(*[pushing.publication(f"{hung.url}/{n}", timeout_s=60) for n in range(300)])
+            await hung.has(32)
+            await pushing.publish(*[pushing.publication(f"{endpoint.url}/{n}") for n in range(200)])
+            await endpoint.has(200)
+            assert hung.running_most == 32
+            assert len(hung.arrived) == 32
+
+
+async def test_many_messages_each_arrive_once(pushing: Pushing, endpoint: Endpoint) -> None:
+    loops = [pushing.worker() for _ in range(3)]
+    async with pushing.working(*loops):
+        for _ in range(5):
+            await pushing.publish(*[pushing.publication(f"{endpoint.url}/m") for _ in range(100)])
+        await endpoint.has(500)
+        await pushing.is_quiet()
+    assert Counter(Counter(one.message_id for one in endpoint.arrived).values()) == {1: 500}
+    assert endpoint.connections <= 3 * 64
+
+
+async def test_an_outage_between_answer_and_commit_is_waited_out(pushing: Pushing, endpoint: Endpoint) -> None:
+    """The endpoint has the message: to forget that would mean to send it again."""
+    arrived = anyio.Event()
+    failures = iter([True, True, False])
+    settle = pushing.messages.settle
+
+    async def settle_late(ends):
+        from daemon.domain.errors import StorageUnavailableError
+
+        if next(failures, False):
+            raise StorageUnavailableError("away")
+        return await settle(ends)
+
+    pushing.messages.settle = settle_late  # the outage, at the one place where it matters
+    endpoint.judge = lambda _one: (arrived.set(), Reply())[1]
+    async with pushing.working():
+        (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/"))
+        await pushing.logs(made, "DELIVERED")
+    assert len(endpoint.arrived) == 1
