@@ -26,6 +26,7 @@ import structlog
 from daemon import __version__, orchestrate
 from daemon.config import Settings
 from daemon.db import embedded, migrate, streams, ticks
+from daemon.db.accounts import AccountStore
 from daemon.db.activity import Activity, read_activity
 from daemon.db.causes import Booking, Causes, Trace, TracedJob
 from daemon.db.connections import ConnectionStore, NewConnection, Rotation
@@ -52,16 +53,27 @@ from daemon.db.secrets import (
 )
 from daemon.db.streams import GrainOf
 from daemon.db.tenants import TenantStore
+from daemon.domain.account import Limits, SigningKeys
 from daemon.domain.connection import ConnectionId, Identity, Secret, Target
 from daemon.domain.errors import ConfigError, DaemonError, PermanentError, TransientError
-from daemon.domain.job import Completed, Job, NewJob, Outcome, Summary, WorkerId
+from daemon.domain.job import KEY_END, PUSH_KEY, Completed, Job, Lane, NewJob, Outcome, Summary, WorkerId
+from daemon.domain.network import Guard, parse_allow
 from daemon.domain.ports import Answer
 from daemon.domain.record import Rating
 from daemon.domain.window import EPOCH
 from daemon.pollers.registry import Pollers, load_pollers
+from daemon.queue.audit import Probe, probe
+from daemon.queue.backlog import Addressed, Backlog, UnderWay
+from daemon.queue.groups import Group, Groups
+from daemon.queue.letters import Letter, Letters, NoSuchLetterError
+from daemon.queue.logs import Logs
 from daemon.queue.maintenance import DeadDetail, DeadLetter, QueueMaintenance, QueueStats
+from daemon.queue.message import PUSH, MessageId, dead_name, parse_dead_name
+from daemon.queue.messages import Messages
+from daemon.queue.pending import Pending
 from daemon.queue.postgres import PostgresQueue
 from daemon.queue.qstash import PUBLISH, Publisher, QStashSettings
+from daemon.queue.schedules import Schedule, Schedules
 from daemon.records.price import Pricer
 from daemon.sinks.ledger import LedgerSink
 from daemon.worker.caller import RetrySettings
@@ -70,11 +82,13 @@ from daemon.worker.ladder import Mode
 from daemon.worker.local import LocalWorker
 from daemon.worker.loop import WorkerLoop
 from daemon.worker.poll import BUDGET_RATIO, POLL, POLL_ONE, PollDeps, PollOrder, PollSettings, grains_of, run_poll
-from daemon.worker.run import run_job
+from daemon.worker.run import Handler, run_job
 from daemon.worker.seqs import SeqSource
 
 if TYPE_CHECKING:
     from daemon.http_client import HttpClient, HttpSettings
+    from daemon.http_push import PushClient, PushSettings
+    from daemon.worker.push import Pusher
 
 BY_HAND_TIMEOUT_S = 3_600.0
 BACKFILL_BATCH = 10
@@ -87,7 +101,9 @@ log = structlog.get_logger()
 
 # The commands know this module alone; what they are handed has its names here.
 __all__ = [
+    "PUSH",
     "Activity",
+    "Addressed",
     "App",
     "BackfillReport",
     "Booking",
@@ -96,22 +112,35 @@ __all__ = [
     "DeadDetail",
     "DeadLetter",
     "Gap",
+    "Group",
+    "Letter",
+    "MessageId",
     "NewConnection",
+    "NoSuchLetterError",
+    "Probe",
     "Question",
     "QueueStats",
     "Report",
     "Rotation",
+    "Schedule",
+    "SigningKeys",
     "SpendLine",
     "Status",
     "Tick",
     "TickReport",
     "Trace",
     "TracedJob",
+    "UnderWay",
     "UsageLine",
     "database_status",
+    "dead_name",
+    "empty_database",
+    "leave_database",
     "migrate_database",
     "new_key",
     "open_app",
+    "parse_dead_name",
+    "probe",
     "psql_command",
     "start_database",
     "stop_database",
@@ -151,6 +180,7 @@ class App:
     queue: QueueMaintenance
     jobs: PostgresQueue
     pollers: Pollers
+    lets_dev_in: bool = False
 
     @cached_property
     def http(self) -> HttpClient:
@@ -166,6 +196,50 @@ class App:
     @cached_property
     def publisher(self) -> Publisher:
         return Publisher(self.db, self.jobs.waker, qstash_settings(self.settings))
+
+    @cached_property
+    def accounts(self) -> AccountStore:
+        return AccountStore(self.db, self.keyring, account_limits(self.settings), lets_dev_in=self.lets_dev_in)
+
+    @cached_property
+    def messages(self) -> Messages:
+        return Messages(self.db, self.jobs)
+
+    @cached_property
+    def groups(self) -> Groups:
+        return Groups(self.db)
+
+    @cached_property
+    def schedules(self) -> Schedules:
+        return Schedules(self.db, self.jobs, self.messages, self.accounts.limits_of)
+
+    @cached_property
+    def logs(self) -> Logs:
+        return Logs(self.db)
+
+    @cached_property
+    def letters(self) -> Letters:
+        return Letters(self.db, self.jobs, self.messages)
+
+    @cached_property
+    def pending(self) -> Pending:
+        return Pending(self.db, self.jobs)
+
+    @cached_property
+    def backlog(self) -> Backlog:
+        return Backlog(self.db)
+
+    @cached_property
+    def push_client(self) -> PushClient:
+        from daemon.http_push import PushClient  # noqa: PLC0415 - takes 0.3 s to import
+
+        return PushClient(push_settings(self.settings))
+
+    @cached_property
+    def pusher(self) -> Pusher:
+        from daemon.worker.push import Pusher, PushLimits  # noqa: PLC0415 - imports the client
+
+        return Pusher(self.messages, self.accounts, self.push_client, PushLimits(self.settings.push_bytes_max))
 
     @cached_property
     def causes(self) -> Causes:
@@ -188,6 +262,8 @@ class App:
             await self.http.aclose()
         if "publisher" in self.__dict__:
             await self.publisher.aclose()
+        if "push_client" in self.__dict__:
+            await self.push_client.aclose()
 
     async def activity(self) -> Activity:
         """What happens right now."""
@@ -237,14 +313,17 @@ class App:
         ]
         if not status.is_current:
             return checks
-        unopenable = await self.connections.unopenable()
+        credentials, keys = await self.connections.unopenable(), await self.accounts.unopenable()
+        unopenable = [*credentials, *keys]
+        ways = ["add the old key to TALLYD_SECRET_KEY", *(["set the credential again"] if credentials else [])]
+        ways += ["replace an account's signing keys with `tallyd keys rotate --both`"] if keys else []
         checks += [
             await self.insights.clock_skew(),
             Check(
                 "credentials open",
                 not unopenable,
                 "; ".join(unopenable[:5]) or "all",
-                "add the old key to TALLYD_SECRET_KEY, or set the credential again" if unopenable else "",
+                ", or ".join(ways) if unopenable else "",
             ),
             *await self.insights.laws(),
         ]
@@ -269,11 +348,15 @@ class App:
         return Check(f"reach {base_url}", True, "answers")
 
     async def rotate_key(self) -> Rotation:
-        """Seal every credential under the first key; an embedded installation makes itself a new one first."""
+        """Seal every credential, and every account's signing keys, under the first key; an embedded installation makes
+        itself a new one first.
+        """
         if self.settings.secret_key is not None:
-            return await self.connections.rotate()
-        keys = parse_keys(add_key_to_file(self.settings.key_file).reveal())
-        rotation = await ConnectionStore(self.db, Keyring(keys), cutter(self.pollers)).rotate()
+            return await _reseal(self.connections, self.accounts)
+        keyring = Keyring(parse_keys(add_key_to_file(self.settings.key_file).reveal()))
+        rotation = await _reseal(
+            ConnectionStore(self.db, keyring, cutter(self.pollers)), AccountStore(self.db, keyring)
+        )  # fmt: skip
         if not rotation.failed:
             drop_old_keys_from_file(self.settings.key_file)
         return rotation
@@ -326,7 +409,7 @@ class App:
         await self.jobs.promote()
 
         async def lease(worker: WorkerId) -> Sequence[Job]:
-            return (await self.jobs.claim(worker, self.settings.concurrency)).jobs
+            return (await self.jobs.claim(worker, self.settings.concurrency, lane=lanes(self.settings)[0])).jobs
 
         while await LocalWorker(self.jobs, self.run_job, self.settings.concurrency).run(lease):
             pass
@@ -347,7 +430,14 @@ class App:
 
     async def run_job(self, job: Job) -> Outcome:
         """The one worker function, with this process's parts."""
-        return await run_job(job, {POLL: self._poll, POLL_ONE: self._poll, PUBLISH: self.publisher.run})
+        return await run_job(job, self._handlers)
+
+    @cached_property
+    def _handlers(self) -> Mapping[str, Handler]:
+        return {POLL: self._poll, POLL_ONE: self._poll, PUBLISH: self.publisher.run, PUSH: self._push}
+
+    async def _push(self, job: Job) -> Outcome:
+        return await self.pusher.run(job)
 
     async def _poll(self, job: Job) -> Outcome:
         return await run_poll(job, self.poll_deps)
@@ -357,7 +447,7 @@ class App:
         return WorkerLoop(
             self.jobs,
             self.run_job,
-            concurrency=self.settings.concurrency,
+            lanes=lanes(self.settings),
             drain_s=self.settings.drain_s,
             info=f"tallyd {__version__} {self.settings.role} on {platform.node()} pid {os.getpid()}",
         )
@@ -384,6 +474,12 @@ class App:
         connection = await self.connections.get(tenant, name)
         self.pollers.named(connection.provider).check_settings(settings)
         await self.connections.set_settings(tenant, name, settings)
+
+
+async def _reseal(connections: ConnectionStore, accounts: AccountStore) -> Rotation:
+    rotation = await connections.rotate()
+    resealed, failed = await accounts.reseal()
+    return Rotation(rotation.resealed + resealed, (*rotation.failed, *failed))
 
 
 class _OnceCaller:
@@ -419,7 +515,7 @@ async def database_url(settings: Settings) -> str:
 
 
 @asynccontextmanager
-async def open_app(settings: Settings, *, is_migrating: bool = True) -> AsyncIterator[App]:
+async def open_app(settings: Settings, *, is_migrating: bool = True, lets_dev_in: bool = False) -> AsyncIterator[App]:
     """Open the database (migrated), the stores and the HTTP client; close them in reverse."""
     async with AsyncExitStack() as stack:
         db = await Database.open(
@@ -445,6 +541,7 @@ async def open_app(settings: Settings, *, is_migrating: bool = True) -> AsyncIte
             QueueMaintenance(db),
             queue,
             pollers,
+            lets_dev_in,
         )
         stack.push_async_callback(app.aclose)
         yield app
@@ -502,6 +599,44 @@ def qstash_settings(settings: Settings) -> QStashSettings | None:
     return QStashSettings(settings.qstash_token, settings.public_url, settings.qstash_url, settings.qstash_retries)
 
 
+def lanes(settings: Settings) -> tuple[Lane, Lane]:
+    """The work inside, and the messages on their way out: neither waits for the other's slots."""
+    return (
+        Lane("work", 0, PUSH_KEY, settings.concurrency),
+        Lane("push", PUSH_KEY, KEY_END, settings.push_concurrency, settings.push_concurrency_per_host),
+    )
+
+
+def account_limits(settings: Settings) -> Limits:
+    """What an account may ask for that has no limits of its own."""
+    return Limits(
+        message_bytes=settings.v2_message_bytes_max,
+        batch_bytes=settings.v2_batch_bytes_max,
+        delay_s=settings.v2_delay_s_max,
+        timeout_s=settings.v2_timeout_s_max,
+        retries=settings.v2_retries_max,
+        schedules=settings.v2_schedules_max,
+        queues=settings.v2_queues_max,
+        groups=settings.v2_groups_max,
+        endpoints=settings.v2_endpoints_max,
+        parallelism_max=settings.v2_parallelism_max,
+        dedup_s=settings.v2_dedup_s,
+    )
+
+
+def push_settings(settings: Settings) -> PushSettings:
+    from daemon.http_client import ssl_context  # noqa: PLC0415 - takes 0.3 s to import
+    from daemon.http_push import PushSettings  # noqa: PLC0415
+
+    return PushSettings(
+        Guard(parse_allow(settings.push_allow) if settings.push_allow else (), settings.push_allow_private),
+        connect_timeout_s=settings.push_connect_timeout_s,
+        response_bytes_max=settings.push_response_bytes_max,
+        connections_max=settings.push_concurrency,
+        ssl_context=ssl_context(http_settings(settings)),
+    )
+
+
 def days(count: int | None) -> timedelta | None:
     """A retention setting as a span; None keeps for ever."""
     return None if count is None else timedelta(days=count)
@@ -533,6 +668,18 @@ def start_database(settings: Settings) -> str:
 def stop_database(settings: Settings) -> bool:
     _need_embedded(settings)
     return embedded.stop(settings.data_dir)
+
+
+def empty_database(settings: Settings) -> bool:
+    """Delete what the embedded database holds, for good. False, and nothing is done, while a process uses it."""
+    _need_embedded(settings)
+    return embedded.drop(settings.data_dir)
+
+
+def leave_database(settings: Settings) -> None:
+    """Let go of the embedded server before this process ends; where nobody else uses it, wait until it is down."""
+    _need_embedded(settings)
+    embedded.leave(settings.data_dir)
 
 
 def _need_embedded(settings: Settings) -> None:

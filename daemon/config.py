@@ -161,6 +161,14 @@ def _secret(value: object) -> Secret:
     return Secret(_text(value))
 
 
+def _networks(value: object) -> str:
+    from daemon.domain.network import parse_allow  # noqa: PLC0415 -- needed where messages are delivered
+
+    text = _text(value)
+    parse_allow(text)
+    return text
+
+
 def _cron(value: object) -> str:
     from daemon.queue.cron import check_cron  # noqa: PLC0415 -- pulls in the time zones
 
@@ -264,6 +272,31 @@ class Settings:
     )
     allow_insecure: bool = _setting(False, _flag, "allow http:// base URLs beyond this machine")
 
+    push_concurrency: int = _setting(256, _whole(1, 10_000), "messages that one process delivers at once")
+    push_concurrency_per_host: int = _setting(64, _whole(1, 10_000), "of them to one host, for one account")
+    push_connect_timeout_s: float = _setting(5.0, _seconds(0.1, 120), "seconds to reach the host of a message")
+    push_response_bytes_max: int = _setting(1 << 20, _whole(0, 64 << 20), "bytes kept of an endpoint's response")
+    push_bytes_max: int = _setting(128 << 20, _whole(1 << 20, 1 << 40), "bytes of large bodies in delivery at once")
+    push_allow: str | None = _setting(
+        None, _networks, "networks that messages may go to although they are private, such as 10.0.0.0/8,127.0.0.1"
+    )
+    push_allow_private: bool = _setting(
+        False, _flag, "let messages go to loopback and private addresses; metadata addresses stay closed"
+    )
+
+    v2_bytes_max: int = _setting(256 << 20, _whole(1 << 20, 1 << 40), "bytes of bodies that /v2 takes in at once")
+    v2_message_bytes_max: int = _setting(10 << 20, _whole(1, 256 << 20), "bytes of one message")
+    v2_batch_bytes_max: int = _setting(100 << 20, _whole(1, 1 << 30), "bytes of one batch")
+    v2_delay_s_max: int = _setting(366 * 86_400, _whole(0, 3_660 * 86_400), "seconds that a message may be delayed")
+    v2_timeout_s_max: int = _setting(7_200, _whole(1, 86_400), "seconds that an endpoint may take")
+    v2_retries_max: int = _setting(5, _whole(0, 1_000), "tries of a message after the first one fails")
+    v2_schedules_max: int = _setting(1_000, _whole(0, 1_000_000), "schedules of an account")
+    v2_queues_max: int = _setting(100, _whole(0, 1_000_000), "FIFO queues of an account")
+    v2_groups_max: int = _setting(100, _whole(0, 1_000_000), "URL groups of an account")
+    v2_endpoints_max: int = _setting(100, _whole(1, 10_000), "endpoints of a URL group")
+    v2_parallelism_max: int = _setting(200, _whole(1, 100_000), "parallelism of a queue or a flow-control key")
+    v2_dedup_s: int = _setting(600, _whole(1, 7_776_000), "seconds in which a deduplication id counts")
+
     traces: Literal["off", "otlp"] = _setting(
         "off", _one_of("off", "otlp"), "OpenTelemetry traces (extra otel); OTEL_EXPORTER_OTLP_ENDPOINT says where to"
     )
@@ -271,6 +304,8 @@ class Settings:
     retention_ticks_days: int | None = _setting(90, _days, "days to keep ticks, or none")
     retention_summaries_days: int | None = _setting(400, _days, "days to keep batch summaries, or none")
     retention_dead_days: int | None = _setting(None, _days, "days to keep dead letters, or none")
+    retention_messages_days: int | None = _setting(7, _days, "days to keep messages that have ended, and their log")
+    retention_letters_days: int | None = _setting(7, _days, "days to keep messages that were given up")
     retention_ledger_days: int | None = _setting(None, _days, "days to keep the ledger, or none (for ever)")
 
     log_level: Literal["debug", "info", "warning", "error"] = _setting(

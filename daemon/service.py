@@ -16,6 +16,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
@@ -28,8 +29,10 @@ from daemon import __version__, orchestrate
 from daemon.app import App, days, open_app, qstash_settings, tick_settings
 from daemon.config import Settings
 from daemon.db import ledger, migrate, pauses, streams, ticks
+from daemon.domain.dev import DEV_ACCOUNTS
 from daemon.domain.errors import PermanentError, TransientError
 from daemon.domain.gauge import Gauge
+from daemon.queue.pruning import prune_messages
 from daemon.telemetry import metrics, traces
 from daemon.telemetry.health import Health
 from daemon.telemetry.systemd import ServiceManager
@@ -41,16 +44,22 @@ if TYPE_CHECKING:
 
     from daemon.web.delivery import Routes
     from daemon.web.server import Listener
+    from daemon.web.v2.app import V2
 
 MAINTENANCE_S = 300.0
 JUDGE_S = 5.0
+MOURN_S = 5.0
 STATUS_S = 10.0
 
 log = structlog.get_logger()
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, *, is_dev: bool = False, on_ready: Callable[[str], None] | None = None) -> int:
     """The daemon, until SIGTERM or SIGINT. Returns the exit code.
+
+    Args:
+        is_dev: accept the public tokens of `tallyd dev`, for which the listener must be on loopback.
+        on_ready: told the listener's URL once it serves.
 
     Raises:
         ConfigError: an address that cannot be listened on, or anything else that is wrong at the start.
@@ -63,7 +72,8 @@ def run(settings: Settings) -> int:
         if settings.traces != "off":
             traces.configure(service_version=__version__, role=settings.role)
             stack.callback(traces.shutdown)
-        return anyio.run(_serve, settings, sockets, backend_options={"use_uvloop": has_uvloop()})
+        serve = partial(_serve, settings, sockets, is_dev, on_ready)
+        return anyio.run(serve, backend_options={"use_uvloop": has_uvloop()})
 
 
 def _raise_file_limit() -> None:
@@ -91,19 +101,27 @@ def _bind(settings: Settings, stack: ExitStack) -> dict[str, socket.socket]:
     return sockets
 
 
-async def _serve(settings: Settings, sockets: dict[str, socket.socket]) -> int:
+async def _serve(
+    settings: Settings, sockets: dict[str, socket.socket], is_dev: bool, on_ready: Callable[[str], None] | None
+) -> int:
     """Own every service in one task group: a service that crashes ends them all, and the process non-zero."""
-    async with open_app(settings) as app:
+    async with open_app(settings, lets_dev_in=is_dev) as app:
         await streams.check_sequences(app.db)
-        service = _Service(app, sockets)
+        if is_dev:
+            for account in DEV_ACCOUNTS:
+                await app.accounts.ensure_dev(account)
+        service = _Service(app, sockets, on_ready)
         await service.run()
     log.info("daemon.stopped")
     return 0
 
 
 class _Service:
-    def __init__(self, app: App, sockets: dict[str, socket.socket]) -> None:
+    def __init__(
+        self, app: App, sockets: dict[str, socket.socket], on_ready: Callable[[str], None] | None = None
+    ) -> None:
         self._app = app
+        self._on_ready = on_ready
         self._settings = app.settings
         self._health = Health()
         self._health.add("database", self._database_problem)
@@ -130,6 +148,8 @@ class _Service:
             else:
                 services.start_soon(_maintain, app)
                 services.start_soon(_judge_ticks, app)
+                services.start_soon(_mourn, app)
+                services.start_soon(self._fire_schedules)
                 if settings.trigger != "internal" and not settings.qstash_token:
                     log.info(
                         "handover.off", reason="QSTASH_TOKEN is not set: QStash starts ticks, and batches run here"
@@ -150,6 +170,8 @@ class _Service:
             # What is there by now stays: collecting garbage need not look at it each time.
             gc.collect()
             gc.freeze()
+            if self._on_ready is not None:
+                self._on_ready(self._listeners["listen"].url)
             self._manager.ready(f"{settings.role}, trigger {settings.trigger}, {self._addresses()}")
             if self._loop is None:
                 await self._stopping.wait()
@@ -177,8 +199,28 @@ class _Service:
                 routes += self._delivery_routes()
             if name == private:
                 routes += self._health_routes(bound)
-            listeners[name] = Listener(bound, routes)
+            has_v2 = name == "listen" and settings.role != "worker"
+            listeners[name] = Listener(bound, routes, self._v2() if has_v2 else None)
         return listeners
+
+    def _v2(self) -> V2:
+        from daemon.queue.gather import Gatherer  # noqa: PLC0415
+        from daemon.web.v2.app import V2  # noqa: PLC0415
+        from daemon.web.v2.services import Services  # noqa: PLC0415
+
+        app = self._app
+        services = Services(
+            app.accounts,
+            Gatherer(app.messages.publish),
+            app.push_client.check,
+            app.jobs.gates,
+            app.groups,
+            app.schedules,
+            app.logs,
+            app.letters,
+            app.pending,
+        )
+        return V2(services, bytes_max=self._settings.v2_bytes_max)
 
     def _delivery_routes(self) -> Routes:
         from daemon.triggers.qstash import Deliveries, Door  # noqa: PLC0415
@@ -236,6 +278,12 @@ class _Service:
             await self._stopping.wait()  # who drains makes no more work: what is cut short here was not committed
             group.cancel_scope.cancel()
 
+    async def _fire_schedules(self) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._app.schedules.run)
+            await self._stopping.wait()
+            group.cancel_scope.cancel()
+
     async def _obey_signals(self) -> None:
         """The first SIGTERM or SIGINT drains, the second one ends the process now: leases make that safe."""
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -262,6 +310,17 @@ class _Service:
 
     def _addresses(self) -> str:
         return ", ".join(listener.url for listener in self._listeners.values()) or "no listener"
+
+
+async def _mourn(app: App) -> None:
+    """Tell of messages that died with their worker."""
+    while True:
+        await anyio.sleep(MOURN_S * random.uniform(0.8, 1.2))  # noqa: S311 - spreads replicas, guards nothing
+        try:
+            if told := await app.messages.mourn():
+                log.warning("push.mourned", messages=told)
+        except TransientError as error:
+            log.debug("push.mourning_postponed", reason=str(error))
 
 
 async def _judge_ticks(app: App) -> None:
@@ -294,7 +353,7 @@ async def keep_house(app: App) -> None:
     """One round of what any replica may do, now and then; doing it twice is harmless. A chore that fails is told, and
     holds up neither the others nor the daemon.
     """
-    for chore in (_prune_queue, _drop_months, _prune_notes, _make_partitions):
+    for chore in (_prune_queue, _prune_messages, _drop_months, _prune_notes, _make_partitions):
         try:
             await chore(app)
         except TransientError as error:
@@ -307,6 +366,16 @@ async def _prune_queue(app: App) -> None:
     await app.queue.prune(
         attempts_kept=days(app.settings.retention_attempts_days) or timedelta(days=36_500),
         dead_kept=days(app.settings.retention_dead_days),
+    )
+
+
+async def _prune_messages(app: App) -> None:
+    await app.messages.mourn(timedelta(days=1))  # those whom a restart has kept from being told of
+    ever = timedelta(days=36_500)
+    await prune_messages(
+        app.db,
+        kept=days(app.settings.retention_messages_days) or ever,
+        dead_kept=days(app.settings.retention_letters_days) or ever,
     )
 
 

@@ -123,7 +123,7 @@ async def installed(
         qstash = await stack.enter_async_context(open_stand_in(retry_delay_s=0.2))
         port = free_port()
         environment = {
-            "TALLYD_TRIGGER": name,
+            "TALLYD_TRIGGER": "qstash" if name == "own" else name,
             "TALLYD_TICK_SECONDS": str(TICK_S),
             "TALLYD_FALLBACK_GRACE_S": str(GRACE_S),
             "TALLYD_QSTASH_HANDOVER_S": "20",
@@ -135,9 +135,40 @@ async def installed(
             "QSTASH_CURRENT_SIGNING_KEY": qstash.current_key,
             "QSTASH_NEXT_SIGNING_KEY": qstash.next_key,
         }
+        if name == "own":
+            environment |= await its_own_qstash(tallyd, port)
         await add(tallyd, sim, "openai", "o", sources=EACH_TICK)
         stack.callback(lambda: [replica.kill() for replica in tallyd.replicas])
         yield Installation(name, tallyd, sim, qstash, db, environment)
+
+
+async def its_own_qstash(tallyd: Tallyd, port: int) -> dict[str, str]:
+    """What makes a tallyd the QStash of itself, as a person would set it up."""
+    token = (await tallyd("tokens", "add", "self", "--json")).json["token"]
+    keys = (await tallyd("keys", "show", "--reveal", "--json")).json
+    return {
+        "QSTASH_URL": f"http://127.0.0.1:{port}",
+        "QSTASH_TOKEN": token,
+        "QSTASH_CURRENT_SIGNING_KEY": keys["current"],
+        "QSTASH_NEXT_SIGNING_KEY": keys["next"],
+        "TALLYD_PUSH_ALLOW": "127.0.0.1",
+    }
+
+
+@asynccontextmanager
+async def hurrying(here: Installation) -> AsyncIterator[None]:
+    """A minute is long: let the schedule of its own QStash be due all the time."""
+
+    async def hurry() -> None:
+        while True:
+            await here.db.execute("update schedule set next_at = least(next_at, now())")
+            await anyio.sleep(0.3)
+
+    async with anyio.create_task_group() as group:
+        if here.name == "own":
+            group.start_soon(hurry)
+        yield
+        group.cancel_scope.cancel()
 
 
 async def test_the_ledger_is_the_same_tick_by_tick_whatever_triggers_it(
@@ -147,15 +178,15 @@ async def test_the_ledger_is_the_same_tick_by_tick_whatever_triggers_it(
     async with AsyncExitStack() as stack:
         made = [
             await stack.enter_async_context(installed(server_url, template, name, tmp_path, now))
-            for name in ("internal", "qstash", "both")
+            for name in ("internal", "qstash", "both", "own")
         ]
         async with anyio.create_task_group() as group:
             for installation in made:
                 group.start_soon(live, installation)
-        internal, by_qstash, both = made
+        internal, by_qstash, both, own = made
         assert len(internal.history) == STEPS
         assert len(set(internal.history)) == STEPS, "every step books something"
-        assert internal.history == by_qstash.history == both.history
+        assert internal.history == by_qstash.history == both.history == own.history
 
 
 async def live(here: Installation) -> None:
@@ -169,6 +200,15 @@ async def live(here: Installation) -> None:
         assert again.json["created"] is False, "what is there is brought up to date"
         await here.mark()
         here.qstash.on_schedule_every(0.3)
+    async with hurrying(here):
+        await take_steps(here)
+    here.qstash.on_schedule_every(None)
+    replica.signal(signal.SIGTERM)
+    assert await replica.ended() == 0
+    await check(here, replica)
+
+
+async def take_steps(here: Installation) -> None:
     for step in range(STEPS):
         if here.name == "both" and step == DIES_AFTER:
             here.qstash.die()
@@ -178,10 +218,6 @@ async def live(here: Installation) -> None:
             await here.qstash.revive()
             here.qstash.on_schedule_every(0.3)
         await here.step()
-    here.qstash.on_schedule_every(None)
-    replica.signal(signal.SIGTERM)
-    assert await replica.ended() == 0
-    await check(here, replica)
 
 
 async def check(here: Installation, replica: Replica) -> None:
@@ -211,6 +247,16 @@ async def check(here: Installation, replica: Replica) -> None:
             assert released == {"delivery"}
             assert len(here.qstash.messages) > await db.fetchval("select count(*) from handover"), "and the schedule's"
             assert {m.state for m in here.qstash.messages if m.schedule_id is None} == {"delivered"}
+        case "own":
+            assert set(made_by) == {"qstash"}
+            assert released == {"delivery"}
+            assert not here.qstash.messages, "nobody else was asked"
+            handed_over = await db.fetchval("select count(*) from handover")
+            to_workers = "select count(*) from message where url like '%/api/poll/worker' and source_id is null"
+            assert await db.fetchval(to_workers) == handed_over
+            callbacks = "select count(*) from message where source_id is not null"
+            assert await db.fetchval(callbacks) >= handed_over
+            assert not await db.fetchval("select count(*) from event where state in (3, 6)"), "every delivery was taken"
         case "both":
             set_up, died, back = here.marks
             assert "qstash" in {tick["via"] for tick in ticks if set_up < tick["slot_at"] <= died}
