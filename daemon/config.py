@@ -487,6 +487,12 @@ def _check_together(values: Mapping[str, Any], found: _Found) -> None:
     if pool_min > pool_max:
         found.problems.append(f"database_pool_min: {pool_min} is above database_pool_max {pool_max}; lower it")
     _check_service(values, found)
+    dedup_s, kept = values.get("v2_dedup_s", 600), values.get("retention_messages_days", 7)
+    if kept is not None and dedup_s > kept * 86_400:
+        found.problems.append(
+            f"v2_dedup_s: {dedup_s} is longer than messages are kept; raise retention_messages_days to "
+            f"{-(-dedup_s // 86_400)}, or lower it"
+        )
     if "database_url" in values and "secret_key" not in found.raw:
         found.problems.append(
             "secret_key: not set, and a database of your own needs one; "

@@ -15,7 +15,6 @@ from qstash import AsyncQStash
 
 from daemon.domain.address import Address
 from daemon.domain.connection import Secret
-from daemon.queue.budget import ByteBudget
 from daemon.queue.gather import Gatherer
 from daemon.queue.groups import Groups
 from daemon.queue.letters import Letters
@@ -35,7 +34,7 @@ class Api:
     Attributes:
         client: plain HTTP with the token of the account `acme`.
         sdk: the official SDK, with the same.
-        budget: what the bodies of all requests hold.
+        v2: what serves.
     """
 
     url: str
@@ -44,7 +43,7 @@ class Api:
     client: httpx.AsyncClient
     sdk: AsyncQStash
     schedules: Schedules
-    budget: ByteBudget
+    v2: V2
 
     async def token_of(self, account: str, **options: Any) -> str:
         """A fresh token of an account, which is made if need be."""
@@ -99,7 +98,7 @@ async def open_api(database_url: str, *, bytes_max: int = 64 << 20, **settings: 
             group.start_soon(listener.run)
             async with httpx.AsyncClient(base_url=listener.url, headers=headers, timeout=20) as client:
                 try:
-                    yield Api(listener.url, token, pushing, client, sdk, schedules, v2.budget)
+                    yield Api(listener.url, token, pushing, client, sdk, schedules, v2)
                 finally:
                     await sdk.http._client.aclose()
                     await listener.stop()

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -18,9 +18,15 @@ from daemon.domain.connection import Secret
 from daemon.domain.errors import UsageError
 from daemon.domain.window import parse_rfc3339
 
+if TYPE_CHECKING:
+    from daemon.app import MessageId
+
 CREDENTIAL_BYTES_MAX = 64 * 1024
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 
+Account = Annotated[str, typer.Option("--account", metavar="ACCOUNT", help="The account it belongs to.")]
+AnyAccount = Annotated[str | None, typer.Option("--account", metavar="ACCOUNT", help="Only of this account.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Name them, and do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Label = Annotated[str, typer.Argument(metavar="TENANT/NAME", help="The connection.")]
 Since = Annotated[str | None, typer.Option("--since", metavar="TIME", help="First instant, RFC 3339 or a UTC date.")]
@@ -57,6 +63,14 @@ def parse_label(field: str, text: str) -> tuple[str, str]:
     if not slash or not tenant or not name or "/" in name:
         raise UsageError(field, f"{text!r} is no connection", "write it as TENANT/NAME")
     return tenant, name
+
+
+def parse_message_id(field: str, text: str) -> MessageId:
+    from daemon.app import MessageId
+
+    if (id_ := MessageId.parse(text)) is None:
+        raise UsageError(field, f"{text!r} is no id of a message", "write it as msg_..., as publishing has answered it")
+    return id_
 
 
 def parse_list(text: str) -> tuple[str, ...]:

@@ -157,6 +157,7 @@ def _figures(told: Status, queue: QueueStats, *, with_now: bool) -> RenderableTy
 
     states = ", ".join(f"{count:,} {state}" for state, count in sorted(told.connections.items())) or "none"
     jobs = f"{queue.available:,} available, {queue.scheduled:,} scheduled, {queue.retryable:,} retryable, {queue.running:,} running"
+    jobs += f", {queue.pending:,} held by a limit" if queue.pending else ""
     ages = [
         f"the oldest {verb} {span(age)}"
         for verb, age in (("has waited", queue.oldest_available_s), ("has run", queue.oldest_running_s))

@@ -34,6 +34,8 @@ SILENT_S = 15.0
 ALIVE_S = 30.0
 WIDE = 120
 STATES = ("available", "scheduled", "retryable", "running", "discarded")
+HELD = "pending"
+"""Shown where there is any: what a limit holds."""
 WINDOWS = (1, 5, 15)
 _NUMBER = re.compile(r"-|[0-9][0-9,.]*\+?")
 USUAL_OUTCOMES = ("done", "retry", "dead", "worker lost")
@@ -418,8 +420,9 @@ def _queue_part(activity: Activity) -> Part:
     counts: dict[str, dict[str, object]] = {}
     for c in activity.kinds:
         counts.setdefault(c.kind, {})[c.state] = f"{c.jobs:,}+" if c.is_cut else c.jobs
-    rows: list[list[object]] = [[kind, *(states.get(state, 0) for state in STATES)] for kind, states in counts.items()]
-    return ("QUEUE", *STATES), rows, "none", 0
+    shown = (HELD, *STATES) if any(HELD in states for states in counts.values()) else STATES
+    rows: list[list[object]] = [[kind, *(states.get(state, 0) for state in shown)] for kind, states in counts.items()]
+    return ("QUEUE", *shown), rows, "none", 0
 
 
 def _settled_part(activity: Activity) -> Part:

@@ -13,7 +13,24 @@ from typing import Annotated
 import typer
 
 from daemon import __version__
-from daemon.cli import config, connections, database, dlq, health, qstash, queue, reports, service, tenants, work
+from daemon.cli import (
+    config,
+    connections,
+    database,
+    dev,
+    dlq,
+    groups,
+    health,
+    keys,
+    qstash,
+    queue,
+    reports,
+    schedules,
+    service,
+    tenants,
+    tokens,
+    work,
+)
 from daemon.cli.printing import print_error
 from daemon.cli.session import CONFIG_FILE, FLAGS
 from daemon.domain.errors import ConfigError, DaemonError, ImportRefusedError, UsageError
@@ -57,13 +74,17 @@ for group, name in (
     (tenants.app, "tenants"),
     (connections.app, "connections"),
     (database.app, "db"),
-    (dlq.app, "dlq"),
+    (tokens.app, "tokens"),
+    (keys.app, "keys"),
     (queue.app, "queue"),
+    (schedules.app, "schedules"),
+    (groups.app, "groups"),
+    (dlq.app, "dlq"),
     (qstash.app, "qstash"),
     (config.app, "config"),
 ):
     app.add_typer(group, name=name)
-for module in (reports, work, health, service):
+for module in (reports, work, health, service, dev):
     module.register(app)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from daemon.config import Settings, load
+from daemon.domain.account import AccountId
+from daemon.domain.errors import UsageError
 
 if TYPE_CHECKING:
     from daemon.app import App
@@ -18,9 +20,13 @@ FLAGS: ContextVar[dict[str, object]] = ContextVar("FLAGS")
 CONFIG_FILE: ContextVar[Path | None] = ContextVar("CONFIG_FILE", default=None)
 
 
-def settings(**flags: object) -> Settings:
-    """The settings of this call, checked; `flags` are those that only its command has."""
-    return load({**FLAGS.get({}), **flags}, toml_path=CONFIG_FILE.get())
+def settings(environment: Mapping[str, str] | None = None, /, **flags: object) -> Settings:
+    """The settings of this call, checked; `flags` are those that only its command has.
+
+    Args:
+        environment: instead of the process's own.
+    """
+    return load({**FLAGS.get({}), **flags}, environment, toml_path=CONFIG_FILE.get())
 
 
 def set_up_logs(chosen: Settings, *, is_service: bool = False) -> None:
@@ -45,3 +51,18 @@ def with_app(work: Callable[[App], Awaitable[Result]]) -> Result:
             return await work(app)
 
     return anyio.run(run)
+
+
+async def account_of(app: App, name: str) -> AccountId:
+    """Raises UsageError when there is no such account."""
+    try:
+        return await app.accounts.named(name)
+    except UsageError as error:
+        raise UsageError("--account", error.problem, error.fix) from error
+
+
+async def accounts_of(app: App, name: str | None) -> dict[str, AccountId]:
+    """The account of this name, or all of them by name."""
+    if name is not None:
+        return {name: await account_of(app, name)}
+    return {line.name: await app.accounts.named(line.name) for line in await app.accounts.accounts()}

@@ -26,7 +26,7 @@ KIND_ROWS = 10_000
 """Of each state of the queue, when its kinds are counted."""
 REPLICAS_MAX, RUNNING_MAX, FAILURES_MAX = 100, 100, 20
 OUTCOMES = {1: "done", 2: "retry", 3: "snooze", 4: "dead", 5: "cancelled", 8: "released", 9: "worker lost"}
-_TABLES = (("available",), ("scheduled", "retryable"), ("running",), ("discarded",))
+_TABLES = (("available",), ("scheduled", "retryable"), ("pending",), ("running",), ("discarded",))
 """Which states share a table of the queue."""
 
 

@@ -102,6 +102,7 @@ def _publication(message: Message, callback: Callback, body: bytes, timeout_s: i
             retry_delay=callback.retry_delay or (spec.retry_delay if follows else None),
             timeout_s=callback.timeout_s or spec.timeout_s or timeout_s,
             delay_s=callback.delay_s,
+            redact=spec.redact,  # what it carries may be as secret
         ),
         body,
         labels=message.labels,

@@ -13,6 +13,8 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from cronsim import CronSim, CronSimError
 
+TEXT_LENGTH_MAX = 500
+
 _FIELD = re.compile(r"[0-9A-Za-z*/,-]+")
 _PREFIX = re.compile(r"(?:CRON_TZ|TZ)=(\S+)\s+(.*)", re.DOTALL)
 _FIX = "write five fields such as */5 * * * *, or CRON_TZ=Europe/Berlin 0 8 * * 1-5"
@@ -25,6 +27,8 @@ def _zones() -> set[str]:
 
 def check_cron(text: str) -> str:
     """The expression, trimmed. Raises ValueError with what is wrong and how to mend it."""
+    if len(text) > TEXT_LENGTH_MAX:
+        raise ValueError(f"has {len(text)} characters; write at most {TEXT_LENGTH_MAX}")
     zone, fields = _split(text)
     if fields.startswith("@"):
         raise ValueError(f"is {text!r}: macros are not known; {_FIX}")

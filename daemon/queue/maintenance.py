@@ -27,6 +27,7 @@ _PRUNE_DEDUP = query("prune_dedup")
 _PRUNE_WORKERS = query("prune_workers")
 _SWEEP_CONNECTIONS = query("sweep_connections")
 _SWEEP_STREAMS = query("sweep_streams")
+_SWEEP_SLOTS = query("sweep_slots")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,7 @@ class Pruned:
     partitions: int
     connections: int
     streams: int
+    slots: int
 
 
 class QueueMaintenance:
@@ -160,6 +162,7 @@ class QueueMaintenance:
             partitions=await self._drop_partitions(attempts_kept),
             connections=await self._in_batches(_SWEEP_CONNECTIONS),
             streams=await self._in_batches(_SWEEP_STREAMS),
+            slots=await self._in_batches(_SWEEP_SLOTS),
         )
 
     async def _in_batches(self, sql: str, *args: object) -> int:

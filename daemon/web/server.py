@@ -282,4 +282,10 @@ class _V2Protocol(_Protocol):
         super().on_headers_complete()
         is_v2 = self.scope["raw_path"].startswith(V2_PREFIX)
         self._message_bytes_max = sys.maxsize if is_v2 else MESSAGE_BYTES_MAX
+        # Ours too: a body that has come with its head needs no deadline.
+        self.scope["is_whole"] = False  # type: ignore[typeddict-unknown-key]
         self.scope["target"] = self.url  # type: ignore[typeddict-unknown-key]  # ours: uvicorn drops an empty query
+
+    def on_message_complete(self) -> None:
+        self.scope["is_whole"] = True  # type: ignore[typeddict-unknown-key]
+        super().on_message_complete()

@@ -6,17 +6,22 @@ under way joins the next. An attempt whose end could not be written happens agai
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from time import perf_counter, time
 
 import anyio
 import structlog
+from prometheus_client import Counter
 
 from daemon.db.accounts import AccountStore
 from daemon.domain.duration import asked_wait_s, backoff_s
 from daemon.domain.errors import (
+    ConfigError,
+    CredentialError,
     DeadlockError,
     LeaseLostError,
     PermanentError,
@@ -24,7 +29,7 @@ from daemon.domain.errors import (
     UpstreamUnavailableError,
 )
 from daemon.domain.expression import parse_delay
-from daemon.domain.job import Completed, Discarded, Job, Outcome, Retryable
+from daemon.domain.job import Completed, Discarded, Job, Outcome, Retryable, Snoozed
 from daemon.http_push import PushClient, PushRequest, PushResponse
 from daemon.queue.budget import ByteBudget
 from daemon.queue.callbacks import joined
@@ -38,6 +43,7 @@ USER_AGENT = "Upstash-QStash"
 GIVE_UP = "upstash-nonretryable-error"
 GIVE_UP_STATUS = 489
 SETTLE_RETRY_S = (0.2, 5.0)
+UNSIGNED_SNOOZE_S = 30.0
 CALLBACK_COPIES = 3
 """How much of a body a callback's JSON, and the statement that stores it, hold on top of it."""
 NOT_FORWARDED = frozenset(
@@ -99,17 +105,22 @@ class Pusher:
 
     async def _deliver(self, job: Job, load: Load, body: bytes) -> Outcome:
         began = perf_counter()
-        outcome, attempted = await self._attempt(job, load, body)
+        try:
+            keys = self._accounts.opened(load.message.account, load.key_id, load.sealed_keys)
+        except (ConfigError, CredentialError) as error:
+            # A matter of this process, not of the message: another one may have the key, or this one will.
+            log.error("push.unsigned", message_id=str(load.message.id), reason=str(error))
+            return Snoozed(UNSIGNED_SNOOZE_S, str(error))
+        outcome, attempted = await self._attempt(job, load, body, keys.current)
         took_s = perf_counter() - began
         if not await self._write(Ended(job, load, body, outcome, attempted, int(took_s * 1000))):
             raise LeaseLostError(f"job {job.id}: token {job.token} is stale")
         _tell(job, load, outcome, attempted, took_s)
         return Completed(is_settled=True, is_told=True)
 
-    async def _attempt(self, job: Job, load: Load, body: bytes) -> tuple[Outcome, Attempted]:
+    async def _attempt(self, job: Job, load: Load, body: bytes, key: str) -> tuple[Outcome, Attempted]:
         message = load.message
-        keys = self._accounts.opened(message.account, load.key_id, load.sealed_keys)
-        signature = sign(keys.current, url=message.url, body=body, now=int(self._clock()))
+        signature = sign(key, url=message.url, body=body, now=int(self._clock()))
         request = PushRequest(
             message.spec.method,
             message.url,
@@ -194,9 +205,16 @@ def _tell(job: Job, load: Load, outcome: Outcome, attempted: Attempted, took_s: 
             ended, level = "retried", log.info
         case _:
             ended, level = "failed", log.warning
-    metrics.PUSHES.labels(ended).inc()
+    _pushes(ended).inc()
     metrics.PUSH_SECONDS.observe(took_s)
+    if isinstance(outcome, Completed) and not log.is_enabled_for(logging.DEBUG):
+        return  # putting it into words costs as much as signing it
     fields: dict[str, object] = {"message_id": str(load.message.id), "status": attempted.status, "ended": ended}
     if attempted.error is not None:
         fields["reason"] = attempted.error
     level("push.attempted", **fields, duration_s=round(took_s, 3))
+
+
+@cache
+def _pushes(ended: str) -> Counter:
+    return metrics.PUSHES.labels(ended)

@@ -240,12 +240,15 @@ async def test_shell_that_was_told_of_the_server_can_start_it_again(shell: Shell
         f"export QSTASH_NEXT_SIGNING_KEY={USER.keys.next}",
     ]
     taken = await shell("dev", "-port", str(port), "--data-dir", str(shell.folder))
-    assert taken.code == 2
-    assert f"127.0.0.1:{port} is in use" in taken.err
+    assert (taken.code, taken.out) == (2, "")
+    assert f"error: listen: 127.0.0.1:{port} is in use" in taken.err
     process.send_signal(signal.SIGINT)
     _, err = await anyio.to_thread.run_sync(process.communicate)
     assert process.returncode == 0
-    assert err.splitlines() == [f"Everything is kept in {shell.data_dir}; --fresh begins anew. Ctrl-C ends it."]
+    assert err.splitlines() == [
+        f"starting; what is stored is kept in {shell.data_dir}",
+        "Ctrl-C ends it; `tallyd dev --fresh` begins anew",
+    ]
 
 
 async def test_production_never_lets_public_tokens_in(shell: Shell) -> None:

@@ -171,6 +171,7 @@ async def hurrying(here: Installation) -> AsyncIterator[None]:
         group.cancel_scope.cancel()
 
 
+@pytest.mark.timeout(300)  # four daemons at once
 async def test_the_ledger_is_the_same_tick_by_tick_whatever_triggers_it(
     server_url: str, template: str, tmp_path: Path
 ) -> None:

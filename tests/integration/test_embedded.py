@@ -241,3 +241,48 @@ def test_status_of_nothing_starts_nothing(data_dir: Path) -> None:
     found = embedded.status(data_dir)
     assert (found.is_running, found.is_used, found.is_kept) == (False, False, False)
     assert not embedded.stop(data_dir)
+
+
+def test_whoever_leaves_as_the_last_waits_until_the_server_is_down(data_dir: Path, hold) -> None:
+    embedded.start(data_dir)
+    other = hold()
+    url_of(other)
+    embedded.leave(data_dir)
+    assert embedded.status(data_dir).is_running, "another process uses it"
+    embedded.start(data_dir)
+    end(other)
+    embedded.leave(data_dir)
+    assert not embedded.status(data_dir).is_running
+
+
+def test_kept_server_is_left_running(data_dir: Path) -> None:
+    embedded.start(data_dir, keep=True)
+    embedded.leave(data_dir)
+    assert embedded.status(data_dir).is_running
+
+
+def test_databases_are_dropped_once_nobody_uses_them(data_dir: Path, hold) -> None:
+    user = hold()
+    url = url_of(user)
+    psql = embedded._package() / "pginstall18" / "bin" / "psql"
+    subprocess.run([psql, url, "-qc", "create table kept ()"], check=True)
+    folder = embedded.status(data_dir).folder
+    assert not embedded.drop(data_dir)
+    assert answers(url)
+    (folder / "mine.txt").write_text("of whoever named this folder")
+    user.kill()
+    user.wait()
+    assert embedded.drop(data_dir), "also while the watcher stops the server"
+    assert not (folder / "data").exists()
+    assert (folder / "mine.txt").exists()
+    url = embedded.start(data_dir)
+    assert answers(url)
+    done = subprocess.run(
+        [psql, url, "-tAc", "select to_regclass('kept') is null"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "t"
+    embedded.release(data_dir)
+
+
+def test_there_may_be_nothing_to_drop(data_dir: Path) -> None:
+    assert embedded.drop(data_dir)

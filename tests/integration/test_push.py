@@ -9,10 +9,13 @@ import anyio
 import pytest
 from qstash import Receiver
 
+from daemon.db.accounts import AccountStore
+from daemon.db.secrets import Keyring
 from daemon.domain.network import Guard
 from daemon.queue.message import Callback, dead_name
 from daemon.queue.messages import Messages
 from daemon.queue.postgres import PostgresQueue
+from daemon.worker.push import Pusher
 from tests.books_kit import until
 from tests.push_kit import Arrived, Endpoint, Pushing, Reply, open_endpoint, open_pushing
 
@@ -337,3 +340,21 @@ async def test_an_outage_between_answer_and_commit_is_waited_out(pushing: Pushin
         (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/"))
         await pushing.logs(made, "DELIVERED")
     assert len(endpoint.arrived) == 1
+
+
+async def test_who_cannot_sign_leaves_the_message_alone(pushing: Pushing, endpoint: Endpoint) -> None:
+    """A replica without the secret key, as in the middle of a rotation: no attempt is spent, nothing is sent."""
+    stranger = AccountStore(pushing.db, Keyring([b"another key, and of 32 bytes too"]))
+    loop = pushing.worker(Pusher(pushing.messages, stranger, pushing.client))
+    async with pushing.working(loop):
+        (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/"))
+
+        async def is_put_off() -> bool:
+            return await pushing.db.fetchval("select attempt from due") == 0
+
+        await until(is_put_off, "the message is put off")
+    assert not endpoint.arrived
+    await pushing.queue.bring_forward([made.id.job])
+    async with pushing.working():
+        (one,) = await endpoint.has(1)
+    assert one.retried == 0

@@ -23,6 +23,7 @@ select j.kind, s.state, count(*) as jobs
 from (
   (select id, 'available' as state from ready limit $1)
   union all (select id, case when attempt = 0 then 'scheduled' else 'retryable' end from due limit $1)
+  union all (select id, 'pending' from held limit $1)
   union all (select id, 'running' from lease limit $1)
   union all (select id, 'discarded' from dead limit $1)) s
 join job j using (id)

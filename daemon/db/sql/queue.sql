@@ -332,6 +332,14 @@ where i.inhparent = 'attempt'::regclass and c.relname < 'attempt_' || to_char(
   date_trunc('week', (now() - make_interval(secs => $1::float8)) at time zone 'UTC'), 'YYYYMMDD')
 order by 1
 
+-- name: sweep_slots
+-- Places that nobody will give back: a replica of a version without gates has ended their jobs.
+with e as materialized (
+  select s.ctid as t from slot s
+  where not exists (select from job where id = s.job_id) or exists (select from dead where id = s.job_id)
+  limit $1 for update skip locked)
+delete from slot where ctid = any(array(select t from e))
+
 -- name: sweep_connections
 with e as materialized (
   select c.id from connection c where c.open_job is not null

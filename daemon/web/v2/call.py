@@ -70,6 +70,7 @@ class Call:
     headers: Sequence[tuple[str, str]]
     caller_ip: str | None
     read: Callable[[int], Awaitable[bytes]]
+    is_read_only: bool = False
     _parameters: dict[str, list[str]] = field(default_factory=dict)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from time import time
 from urllib.parse import unquote_plus
@@ -44,7 +44,9 @@ Pairs = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What the headers of one message say. `urls` are all that it may lead to, to be judged before it is stored."""
+    """What the headers of one message say. `urls` are where callbacks go, by header: to be judged
+    before it is stored.
+    """
 
     spec: Spec
     not_before: float | None = None
@@ -54,7 +56,7 @@ class Draft:
     cron: str | None = None
     schedule_id: str | None = None
     queue: str | None = None
-    urls: tuple[Destination, ...] = field(default=())
+    urls: tuple[tuple[str, Destination], ...] = ()
 
     def dedup(self, url: str, body: bytes, endpoint: str = "") -> str | None:
         """What marks a copy of this message; None: nothing does.
@@ -86,7 +88,7 @@ def read_draft(
     """
     given = _Given(headers, query, defaults or {})
     flow = _flow(given, limits)
-    urls: list[Destination] = []
+    urls: list[tuple[str, Destination]] = []
     spec = Spec(
         method=_method(given, "upstash-method"),
         header=_header(given),
@@ -213,12 +215,12 @@ def _checked_header(pairs: Iterable[tuple[str, str]], prefix: str) -> Headers:
     return joined(found)
 
 
-def _callback(given: _Given, prefix: str, limits: Limits, urls: list[Destination]) -> Callback | None:
+def _callback(given: _Given, prefix: str, limits: Limits, urls: list[tuple[str, Destination]]) -> Callback | None:
     url = given.get(prefix)
     if url is None:
         return None
     try:
-        urls.append(_checked(url))
+        urls.append((spelled(prefix), _checked(url)))
     except ValueError as error:
         raise UsageError(spelled(prefix), f"is no URL: {error}") from error
     retries = f"{prefix}-retries"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from daemon.web.v2.call import Answer, Call, NotFound
+from daemon.web.v2.call import Answer, Call, NotFound, Refusal
 
 
 async def show(call: Call) -> Answer:
     """`GET /v2/keys`."""
     if call.rest:
         raise NotFound("this path was")
+    if call.is_read_only:
+        raise Refusal(403, "this token may only read, and with the keys one could forge deliveries; use another one")
     keys = await call.services.accounts.keys(call.account.id)
     return Answer({"current": keys.current, "next": keys.next})
 

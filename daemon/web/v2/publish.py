@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import anyio
 import msgspec
@@ -21,9 +21,15 @@ from daemon.web.v2.services import Services
 BATCH_MAX = 10_000
 CHECKS_AT_ONCE = 32
 CHECKS_S = 20.0
+_DESTINATION = "invalid destination url"
+"""QStash's own words."""
 _NO_SCHEME = "endpoint has invalid scheme, add http:// or https://"
 _SCHEME = re.compile(r"https?:/", re.ASCII | re.IGNORECASE)
 _MERGED = re.compile(r"(https?:/)(?!/)", re.ASCII | re.IGNORECASE)
+
+
+_Urls = dict[str, tuple[str, Destination]]
+"""By host: what names it in the request, and a URL of it."""
 
 
 class _Item(msgspec.Struct):
@@ -95,9 +101,10 @@ async def put_schedule(call: Call) -> Answer:
         raise UsageError("Upstash-Cron", "is missing", "write five fields such as */5 * * * *")
     if draft.not_before is not None:
         raise UsageError("Upstash-Not-Before", "does not go with a schedule", "use Upstash-Delay")
-    urls = list(draft.urls)
+    urls = {url.host: (name, url) for name, url in draft.urls}
     if group is None:
-        urls.append(destination(target))
+        found = destination(target)
+        urls[found.host] = (_DESTINATION, found)
     await _check(call.services, urls)
     schedule_id = await call.services.schedules.put(
         call.account.id,
@@ -117,7 +124,7 @@ async def put_schedule(call: Call) -> Answer:
 def target_of(call: Call) -> str:
     """The destination that a path and its query name: byte for byte as it was sent, without our own parameters."""
     if not call.rest:
-        raise Refusal(400, f"invalid destination url: {_NO_SCHEME}")
+        raise Refusal(400, f"{_DESTINATION}: {_NO_SCHEME}")
     target = _url_or_group(call.rest)
     query = without_settings(call.query)
     return target if query is None or not _SCHEME.match(target) else f"{target}?{query}"
@@ -131,9 +138,9 @@ def _url_or_group(text: str) -> str:
 def check_group(name: str) -> str:
     """The name of a group, in a place where a URL could stand."""
     try:
-        return check_name("invalid destination url", name)
+        return check_name(_DESTINATION, name)
     except UsageError as error:
-        raise UsageError("invalid destination url", _NO_SCHEME) from error
+        raise UsageError(_DESTINATION, _NO_SCHEME) from error
 
 
 async def _publish_one(call: Call, target: str, queue: str | None) -> Answer:
@@ -149,19 +156,19 @@ async def _publish(call: Call, wanted: Sequence[_Wanted], places: Sequence[str])
     groups: dict[str, Group] = {}
     publications: list[Publication] = []
     counts: list[int] = []
-    urls: dict[str, Destination] = {}
+    urls: _Urls = {}
     for one, place in zip(wanted, places, strict=True):
         try:
             if not one.is_url and one.target not in groups:
                 groups[one.target] = await _group(call, one.target)
-            made = _publications(call, one, groups.get(one.target), len(publications), urls)
+            made = _publications(call, one, groups.get(one.target), len(publications), place, urls)
         except UsageError as error:
             raise _placed(error, place) from error
         publications += made
         if len(publications) > BATCH_MAX:
             raise UsageError("body", f"makes more than {BATCH_MAX} messages", "send it in parts")
         counts.append(len(made))
-    await _check(call.services, urls.values())
+    await _check(call.services, urls)
     published = await call.services.publish((call.limits, publications))
     if isinstance(published, Exception):
         raise published
@@ -170,18 +177,22 @@ async def _publish(call: Call, wanted: Sequence[_Wanted], places: Sequence[str])
 
 
 def _publications(
-    call: Call, one: _Wanted, group: Group | None, first: int, urls: dict[str, Destination]
+    call: Call, one: _Wanted, group: Group | None, first: int, place: str, urls: _Urls
 ) -> list[Publication]:
     draft = read_draft(one.headers, one.query, call.limits, None if group is None else group.headers)
+    if draft.cron is not None:
+        raise UsageError(
+            "Upstash-Cron", "makes a schedule, which this is no place for", "use /v2/schedules/DESTINATION"
+        )
     if one.queue is not None and (draft.spec.delay_s or draft.not_before is not None):
         raise UsageError(
             "Upstash-Delay", "does not go with a queue, whose messages run in their order", "publish it instead"
         )
-    for url in draft.urls:
-        urls.setdefault(url.url, url)
+    for name, url in draft.urls:
+        urls.setdefault(url.host, (_at(place, name), url))
     if group is None:
         found = destination(one.target)
-        urls.setdefault(found.url, found)
+        urls.setdefault(found.host, (_at(place, _DESTINATION), found))
         return [_publication(call, one, draft, one.target, found.host)]
     return [
         dataclasses.replace(
@@ -221,38 +232,42 @@ def _publication(
 async def _group(call: Call, name: str) -> Group:
     group = await call.services.groups.get(call.account.id, check_group(name))
     if group is None:
-        raise UsageError("invalid destination url", _NO_SCHEME)
+        raise UsageError(_DESTINATION, _NO_SCHEME)
     return group
 
 
-async def _check(services: Services, urls: Collection[Destination]) -> None:
-    """Refuse what may not be reached, before anything is stored. Each host once.
+async def _check(services: Services, urls: _Urls) -> None:
+    """Refuse what may not be reached, before anything is stored.
 
     Names that nobody could look up in time are let pass: each delivery asks again.
     """
-    hosts = {url.host: url for url in urls}
-    if len(hosts) == 1:
-        try:
-            await services.check(*hosts.values())
-        except PermanentError as error:
-            raise UsageError("invalid destination url", str(error)) from error
+    if len(urls) == 1:
+        await _check_one(services, *urls.values())
         return
     places = anyio.CapacityLimiter(CHECKS_AT_ONCE)
-    problems: list[str] = []
+    problems: list[UsageError] = []
 
-    async def check(url: Destination) -> None:
+    async def check(what: tuple[str, Destination]) -> None:
         async with places:
             try:
-                await services.check(url)
-            except PermanentError as error:
-                problems.append(str(error))
+                await _check_one(services, what)
+            except UsageError as error:
+                problems.append(error)
 
     with anyio.move_on_after(CHECKS_S):
         async with anyio.create_task_group() as group:
-            for url in hosts.values():
-                group.start_soon(check, url)
+            for what in urls.values():
+                group.start_soon(check, what)
     if problems:
-        raise UsageError("invalid destination url", problems[0])
+        raise problems[0]
+
+
+async def _check_one(services: Services, what: tuple[str, Destination]) -> None:
+    name, url = what
+    try:
+        await services.check(url)
+    except PermanentError as error:
+        raise UsageError(name, str(error)) from error
 
 
 def _settings(call: Call) -> list[tuple[str, str]]:
@@ -267,7 +282,11 @@ def _shown(made: Sequence[Published], is_url: bool) -> object:
 
 
 def _placed(error: UsageError, place: str) -> UsageError:
-    return error if not place else UsageError(f"{place}.{error.field}", error.problem, error.fix)
+    return error if not place else UsageError(_at(place, error.field), error.problem, error.fix)
+
+
+def _at(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
 
 
 def _too_large(limits: Limits, what: str = "body") -> Refusal:

@@ -17,7 +17,7 @@ from daemon.db.activity import Failure, KindCount, Minute, Replica, RunningJob
 from daemon.domain.errors import PermanentError, StorageUnavailableError
 
 NOW = datetime(2026, 11, 26, 14, 38, 19, tzinfo=UTC)
-QUIET = QueueStats(0, 0, 0, 0, 0, None, None)
+QUIET = QueueStats(0, 0, 0, 0, 0, 0, None, None)
 
 
 def activity(**changed: object) -> Activity:
@@ -138,7 +138,7 @@ BUSY = activity(
     minutes=(Minute(0, {"done": 120, "retry": 1}), Minute(4, {"done": 5, "snooze": 2}), Minute(5, {"dead": 9})),
     failures=(Failure(NOW, 77, "poll_one", 2, "retry", 1, 12, "HTTP 503\x1b[31m\nfrom the provider"),),
 )
-BUSY_QUEUE = QueueStats(12, 0, 0, 500, 7, 3.2, 2.0)
+BUSY_QUEUE = QueueStats(12, 0, 0, 0, 500, 7, 3.2, 2.0)
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (140, 40), (140, 12), (200, 100), (70, 12)])
@@ -148,6 +148,16 @@ def test_frame_fits_its_terminal(width: int, height: int) -> None:
     assert all(len(line) <= width for line in lines)
     for name in ("REPLICA", "RUNNING", "QUEUE", "SETTLED", "FAILURE"):
         assert any(name in line for line in lines), name
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (140, 40)])
+def test_jobs_that_a_limit_holds_have_a_column_of_their_own(width: int, height: int) -> None:
+    assert "pending" not in text(draw_top((BUSY, BUSY_QUEUE), width, height), width, height)
+    held = replace(BUSY, kinds=(*BUSY.kinds, KindCount("push", "pending", 9_999, is_cut=False)))
+    lines = text(draw_top((held, BUSY_QUEUE), width, height), width, height).splitlines()
+    assert all(len(line) <= width for line in lines)
+    assert any("pending" in line for line in lines)
+    assert any("push" in line and "9,999" in line for line in lines)
 
 
 def test_narrow_frame_shows_what_happens_and_what_is_left_out() -> None:

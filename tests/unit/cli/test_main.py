@@ -39,6 +39,12 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
         ),
         (["dlq", "replay"], "error: ID: is to be given, or --all"),
         (["dlq", "drop", "7", "--all"], "error: ID: "),
+        (["dlq", "show", "x"], "error: ID: 'x' is no id of a dead letter; see `tallyd dlq list`"),
+        (["tokens", "add", "x", "--limit", "retries"], "error: --limit: 'retries' "),
+        (["queue", "cancel", "x"], "error: MSG_ID: 'x' is no id of a message; write it as msg_"),
+        (["queue", "messages", "--state", "x"], "error: Invalid value for '--state'"),
+        (["groups", "audit", "--timeout", "0"], "error: Invalid value for '--timeout'"),
+        (["dev", "--port", "65536"], "error: Invalid value for '--port'"),
         (["--log-level", "loud", "config", "check"], "error: log_level: is 'loud'; choose one of"),
         (["--config", "/nowhere.toml", "status"], "error: config: cannot read /nowhere.toml"),
         (["--database-url", "mysql://x", "status"], "error: database_url: is no Postgres URL"),
@@ -110,11 +116,17 @@ def test_every_command_has_a_help_sentence_and_json(capsys: pytest.CaptureFixtur
         "connections": ["add", "list", "test", "pause", "resume", "set-credential", "remove", "import", "set"],
         "dlq": ["list", "show", "replay", "drop"],
         "db": ["start", "stop", "status", "migrate", "rotate-key"],
-        "queue": ["stats"],
+        "queue": ["stats", "messages", "list", "cancel"],
+        "tokens": ["add", "list", "revoke"],
+        "keys": ["show", "rotate"],
+        "schedules": ["list", "show", "pause", "resume", "delete"],
+        "groups": ["list", "show", "audit"],
         "config": ["show", "check", "new-key"],
     }
     commands = [[group, verb] for group, verbs in groups.items() for verb in verbs]
-    commands += [[verb] for verb in ("tick", "poll", "usage", "spend", "gaps", "backfill", "status", "doctor", "demo")]
+    commands += [
+        [verb] for verb in ("tick", "poll", "usage", "spend", "gaps", "backfill", "status", "doctor", "demo", "dev")
+    ]
     for command in commands:
         assert main([*command, "--help"]) == 0
         assert "--json" in capsys.readouterr().out, command
