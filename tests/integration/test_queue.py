@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from daemon.db.pool import Database, query
 from daemon.domain.job import (
+    KEY_END,
     Cancelled,
     Completed,
     Discarded,
@@ -232,7 +233,8 @@ async def test_cost_of_the_hot_statements_follows_the_batch_not_the_tables(db: D
     """)
     if is_analysed:
         await db.execute("analyze")
-    assert await rows_read(db, "claim_fair", -1, 100, worker, 15.0) < 100 * 20
+    whole = (-1, 100, worker, 15.0, KEY_END, 100, [], [])
+    assert await rows_read(db, "claim_fair", *whole) < 100 * 20
     assert await rows_read(db, "promote", 100) < 100 * 5
     jobs = (await queue.claim(worker, 50)).jobs
     columns = [[job.id for job in jobs], [job.token for job in jobs], [1] * 50, [1] * 50, [0.0] * 50, [None] * 50]
