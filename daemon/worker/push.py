@@ -109,7 +109,7 @@ class Pusher:
             keys = self._accounts.opened(load.message.account, load.key_id, load.sealed_keys)
         except (ConfigError, CredentialError) as error:
             # A matter of this process, not of the message: another one may have the key, or this one will.
-            log.error("push.unsigned", message_id=str(load.message.id), reason=str(error))
+            log.error("push.unsigned", message_id=str(load.message.id), reason=str(error))  # noqa: TRY400 - it is told
             return Snoozed(UNSIGNED_SNOOZE_S, str(error))
         outcome, attempted = await self._attempt(job, load, body, keys.current)
         took_s = perf_counter() - began

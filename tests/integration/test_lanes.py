@@ -21,10 +21,10 @@ async def pages(db: Database, worker: WorkerId, full: list[int]) -> int:
     """Pages that a claim of 100 touches to find what it may take, which is then left there."""
     limits = (10, full, [0] * len(full))
     async with db.transaction() as tx:
-        await tx.execute("set local plan_cache_mode = force_generic_plan")
+        await tx.execute("set local plan_cache_mode = force_generic_plan; savepoint before")
         explain = "explain (analyze, buffers, format json) " + query("claim_fair")
         (row,) = await tx.fetch(explain, PUSH_KEY - 1, 100, worker, 15.0, KEY_END, *limits)
-        await tx.execute("delete from lease")
+        await tx.execute("rollback to before")
     plan = json.loads(row[0])[0]["Plan"]
     found = [node for node in plan["Plans"] if node.get("Subplan Name") in {"CTE k", "CTE h"}]
     assert len(found) == 2

@@ -10,7 +10,7 @@ import pytest
 
 from daemon.db.pool import Database, query
 from daemon.domain.errors import StorageUnavailableError
-from daemon.domain.job import Completed, JobId, NewJob, Settlement, WorkerId
+from daemon.domain.job import KEY_END, Completed, JobId, NewJob, Settlement, WorkerId
 from daemon.queue.maintenance import QueueMaintenance
 from daemon.queue.postgres import FIRST_KEY, PostgresQueue
 
@@ -72,7 +72,7 @@ async def test_claim_that_is_rolled_back_leaves_its_job_above_the_floor(database
     (job_id,) = await queue.enqueue([NewJob("a")])
     other: asyncpg.Connection = await asyncpg.connect(database_url)
     await other.execute("begin")
-    assert len(await other.fetch(CLAIM, FIRST_KEY, 10, worker, 15.0)) == 1
+    assert len(await other.fetch(CLAIM, FIRST_KEY, 10, worker, 15.0, KEY_END, 10, [], [])) == 1
     await queue.raise_floor()
     await other.close()
     await queue.raise_floor()
@@ -143,7 +143,7 @@ async def buffers(db: Database, worker: WorkerId) -> int:
     async with db.transaction() as tx:
         await tx.execute("set local plan_cache_mode = force_generic_plan")
         explain = "explain (analyze, buffers, format json) "
-        (row,) = await tx.fetch(explain + CLAIM, FIRST_KEY, 100, worker, 15.0)
+        (row,) = await tx.fetch(explain + CLAIM, FIRST_KEY, 100, worker, 15.0, KEY_END, 100, [], [])
         plan = json.loads(row[0])[0]["Plan"]
         await tx.execute("delete from lease")
     (keys,) = [node for node in plan["Plans"] if node.get("Subplan Name") == "CTE k"]

@@ -100,7 +100,7 @@ async def test_publish_with_everything(live: Api, endpoint: Endpoint) -> None:
         headers={"test-header": "test-value", "Upstash-Callback-Retries": "forwarded as it is"},
         callback=f"{endpoint.url}/callback",
         failure_callback=f"{endpoint.url}/failure",
-        callback_headers={"Forward-X-Callback": "c", "Retries": "1"},
+        callback_headers={"Forward-X-Callback": "c", "Retries": "1", "X-Bare": "b"},
         failure_callback_headers={"Upstash-Failure-Callback-Forward-X-Failure": "f"},
         retries=2,
         retry_delay="7000 * retried",
@@ -117,7 +117,8 @@ async def test_publish_with_everything(live: Api, endpoint: Endpoint) -> None:
         "Content-Type": ["text/plain"], "Test-Header": ["test-value"],
         "Upstash-Callback-Retries": ["forwarded as it is"],
     }  # fmt: skip
-    assert (message.callback, message.callback_headers) == (f"{endpoint.url}/callback", {"X-Callback": ["c"]})
+    callback = (f"{endpoint.url}/callback", {"X-Callback": ["c"], "X-Bare": ["b"]})
+    assert (message.callback, message.callback_headers) == callback
     assert (message.failure_callback, message.failure_callback_headers) == (
         f"{endpoint.url}/failure", {"X-Failure": ["f"]},
     )  # fmt: skip
@@ -139,7 +140,7 @@ async def test_publish_with_everything(live: Api, endpoint: Endpoint) -> None:
     assert one.headers["upstash-callback-retries"] == "forwarded as it is"
     (callback,) = await endpoint.has(1, "/callback")
     report = json.loads(callback.body)
-    assert callback.headers["x-callback"] == "c"
+    assert (callback.headers["x-callback"], callback.headers["x-bare"]) == ("c", "b")
     assert (report["status"], report["sourceMessageId"], report["maxRetries"]) == (200, published.message_id, 2)
     states = [line.state for line in (await sdk.log.list(filter={"message_id": published.message_id})).logs]
     assert states == [LogState.DELIVERED, LogState.ACTIVE, LogState.CREATED]

@@ -37,6 +37,11 @@ _NOT_FORWARDED_WHOLE = frozenset(
     {"authorization", "host", "content-length", "content-type", "connection", "keep-alive", "proxy-authorization",
      "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
 )  # fmt: skip
+_CALLBACK_SETTINGS = frozenset(
+    {"method", "timeout", "retries", "retry-delay", "delay", "not-before", "label", "redact-fields", "deduplication-id",
+     "content-based-deduplication", "flow-control-key", "flow-control-value", "forward-"}
+)  # fmt: skip
+"""Of a callback, by what follows its prefix; those that tallyd does not heed are no headers either."""
 _FLOW_FIX = "Upstash-Flow-Control-Key and Upstash-Flow-Control-Value go together"
 
 Pairs = Sequence[tuple[str, str]]
@@ -227,12 +232,20 @@ def _callback(given: _Given, prefix: str, limits: Limits, urls: list[tuple[str, 
     return Callback(
         url,
         method=_method(given, f"{prefix}-method"),
-        header=_checked_header(given.prefixed(f"{prefix}-forward-"), f"{spelled(prefix)}-Forward-"),
+        header=_checked_header(_forwarded(given, prefix), f"{spelled(prefix)}-Forward-"),
         retries=_retries(given, retries, limits) if given.has(retries) else None,
         retry_delay=_retry_delay(given, f"{prefix}-retry-delay"),
         timeout_s=_timeout(given, f"{prefix}-timeout", limits),
         delay_s=_delay(given, f"{prefix}-delay", limits) or 0,
     )
+
+
+def _forwarded(given: _Given, prefix: str) -> Iterable[tuple[str, str]]:
+    """What a callback carries: as documented with `-Forward-` before its name, or as the Python SDK sends it, without."""
+    for name, value in given.prefixed(f"{prefix}-"):
+        bare = name.removeprefix("forward-")
+        if bare and (bare != name or name not in _CALLBACK_SETTINGS):
+            yield bare, value
 
 
 def _method(given: _Given, name: str) -> str:
