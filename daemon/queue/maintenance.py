@@ -159,7 +159,7 @@ class QueueMaintenance:
         return Pruned(
             dedups=await self._in_batches(_PRUNE_DEDUP),
             workers=await self._in_batches(_PRUNE_WORKERS, workers_kept.total_seconds()),
-            partitions=await self._drop_partitions(attempts_kept),
+            partitions=await drop_partitions(self._db, _OLD_PARTITIONS, attempts_kept),
             connections=await self._in_batches(_SWEEP_CONNECTIONS),
             streams=await self._in_batches(_SWEEP_STREAMS),
             slots=await self._in_batches(_SWEEP_SLOTS),
@@ -173,14 +173,16 @@ class QueueMaintenance:
             if done < BATCH:
                 return total
 
-    async def _drop_partitions(self, kept: timedelta) -> int:
-        dropped = 0
-        for row in await self._db.fetch(_OLD_PARTITIONS, kept.total_seconds()):
-            try:
-                # It needs the log to itself for a moment. Whoever waits for that lock blocks every settle, so not long.
-                async with self._db.transaction(lock_timeout_ms=100) as tx:
-                    await tx.execute(f'drop table if exists "{row["name"]}"')
-                dropped += 1
-            except StorageUnavailableError:
-                break  # busy: the next round tries again
-        return dropped
+
+async def drop_partitions(db: Database, old: str, kept: timedelta) -> int:
+    """Drop the partitions that a query names, as far as nobody uses them just now. Returns how many."""
+    dropped = 0
+    for row in await db.fetch(old, kept.total_seconds()):
+        try:
+            # It needs the log to itself for a moment. Whoever waits for that lock blocks all who write there, so not long.
+            async with db.transaction(lock_timeout_ms=100) as tx:
+                await tx.execute(f'drop table if exists "{row["name"]}"')
+            dropped += 1
+        except StorageUnavailableError:
+            break  # busy: the next round tries again
+    return dropped

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from daemon.db.pool import Database, query
-from daemon.domain.errors import StorageUnavailableError
+from daemon.queue.maintenance import drop_partitions
 
 BATCH = 1_000
 UNUSED_S = 86_400.0
@@ -44,7 +44,7 @@ async def prune_messages(db: Database, *, kept: timedelta, dead_kept: timedelta)
     letters = await _letters(db, dead_kept)
     messages, payloads = await _messages(db, kept)
     await _strays(db, kept)
-    return PrunedMessages(letters, messages, payloads, await _weeks(db, kept), await _gates(db))
+    return PrunedMessages(letters, messages, payloads, await drop_partitions(db, _PARTITIONS, kept), await _gates(db))
 
 
 async def _letters(db: Database, kept: timedelta) -> int:
@@ -74,19 +74,6 @@ async def _messages(db: Database, kept: timedelta) -> tuple[int, int]:
 async def _strays(db: Database, kept: timedelta) -> None:
     while _count(await db.execute(_STRAYS, BATCH, kept.total_seconds())) == BATCH:
         pass
-
-
-async def _weeks(db: Database, kept: timedelta) -> int:
-    dropped = 0
-    for row in await db.fetch(_PARTITIONS, kept.total_seconds()):
-        try:
-            # It needs the log to itself for a moment. Whoever waits for that lock blocks every publish, so not long.
-            async with db.transaction(lock_timeout_ms=100) as tx:
-                await tx.execute(f'drop table if exists "{row["name"]}"')
-            dropped += 1
-        except StorageUnavailableError:
-            break  # busy: the next round tries again
-    return dropped
 
 
 async def _gates(db: Database) -> int:
