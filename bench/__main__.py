@@ -11,7 +11,27 @@ from time import perf_counter
 import anyio
 import msgspec
 
-from bench import booking, claims, delivery, drain, goodbye, idle, memory, polling, replicas, rescue, startup, tick
+from bench import (
+    alarms,
+    booking,
+    bulk,
+    claims,
+    delivery,
+    drain,
+    gatekeeping,
+    goodbye,
+    idle,
+    memory,
+    multitude,
+    polling,
+    publish,
+    punctuality,
+    push,
+    replicas,
+    rescue,
+    startup,
+    tick,
+)
 from bench.report import Line, machine, print_table
 from bench.stage import Stage, has_uvloop, server
 from daemon.telemetry.logs import configure
@@ -37,6 +57,13 @@ FIGURES: Mapping[str, Figure] = {
     "replicas": replicas.one_tick,
     "idle": idle.nothing_due,
     "goodbye": goodbye.under_load,
+    "publish": publish.accepted,
+    "push": push.deliver,
+    "delays": punctuality.delays,
+    "waiting": multitude.flatness,
+    "schedules": alarms.schedules,
+    "bodies": bulk.in_flight,
+    "gates": gatekeeping.one_by_one,
 }
 
 

@@ -97,19 +97,33 @@ def ship(shipment: Shipment) -> Shipped:
         _request(shipment.path, body, f"{shipment.message_prefix}-{number}")
         for number, body in enumerate(shipment.bodies)
     ]
+    return send(shipment.port, requests, shipment.connections)
+
+
+def post(port: int, path: str, bodies: Sequence[bytes], connections: int, token: str = "") -> Shipped:
+    """Post each body once to one path, as fast as the answers come."""
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: tallyd.example\r\ncontent-type: application/json\r\n"
+        f"authorization: Bearer {token}\r\ncontent-length: "
+    ).encode()
+    return send(port, [b"%s%d\r\n\r\n%s" % (head, len(body), body) for body in bodies], connections)
+
+
+def send(port: int, requests: Sequence[bytes], connections: int) -> Shipped:
+    """Send requests as they are, each once."""
     if has_uvloop():
         import uvloop
 
-        return uvloop.run(_ship(shipment, requests))
-    return asyncio.run(_ship(shipment, requests))
+        return uvloop.run(_send(port, requests, connections))
+    return asyncio.run(_send(port, requests, connections))
 
 
-async def _ship(shipment: Shipment, requests: Sequence[bytes]) -> Shipped:
+async def _send(port: int, requests: Sequence[bytes], connections: int) -> Shipped:
     run = _Run(requests)
     loop = asyncio.get_running_loop()
     lanes = [
-        (await loop.create_connection(lambda: _Lane(run), "127.0.0.1", shipment.port))[1]
-        for _ in range(min(shipment.connections, len(requests)))
+        (await loop.create_connection(lambda: _Lane(run), "127.0.0.1", port))[1]
+        for _ in range(min(connections, len(requests)))
     ]
     began, cpu_began = perf_counter(), process_time()
     for lane in lanes:

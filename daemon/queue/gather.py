@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
@@ -17,11 +18,15 @@ Result = TypeVar("Result")
 class _Call(Generic[Item, Result]):
     def __init__(self, item: Item) -> None:
         self.item = item
-        self.woken = anyio.Event()
+        self.woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # half the cost of an anyio.Event
         self.leads = False
         self.is_over = False
         self.results: list[Result] = []
         self.error: Exception | None = None
+
+    def wake(self) -> None:
+        if not self.woken.done():
+            self.woken.set_result(None)
 
 
 class Gatherer(Generic[Item, Result]):
@@ -46,7 +51,7 @@ class Gatherer(Generic[Item, Result]):
         self._waiting.append(call)
         if self._is_led:
             try:
-                await call.woken.wait()
+                await call.woken
             except BaseException:
                 if call in self._waiting:
                     self._waiting.remove(call)
@@ -78,7 +83,7 @@ class Gatherer(Generic[Item, Result]):
         finally:
             for call in taken:
                 call.is_over = True
-                call.woken.set()
+                call.wake()
             self._appoint()
 
     def _appoint(self) -> None:
@@ -86,4 +91,4 @@ class Gatherer(Generic[Item, Result]):
         self._is_led = bool(self._waiting)
         if self._waiting:
             self._waiting[0].leads = True
-            self._waiting[0].woken.set()
+            self._waiting[0].wake()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import cache
 from time import monotonic
 
 import msgspec
@@ -19,6 +20,10 @@ CRASHES_MAX = 5
 """A defect of ours is not tried for as long as an outage of the database is."""
 
 log = structlog.get_logger()
+
+# A metric looks its labels up anew each time, which costs more than a small job's own log line.
+_ended = cache(metrics.JOBS.labels)
+_seconds = cache(metrics.JOB_SECONDS.labels)
 
 Handler = Callable[[Job], Awaitable[Outcome]]
 """What a kind of job does. It may raise: see `run_job`."""
@@ -80,8 +85,8 @@ async def run_job(job: Job, handlers: Mapping[str, Handler]) -> Outcome:
         finally:
             duration_s = monotonic() - began
             known = job.kind if job.kind in handlers else "unknown"
-            metrics.JOBS.labels(known, type(outcome).__name__.lower()).inc()
-            metrics.JOB_SECONDS.labels(known).observe(duration_s)
+            _ended(known, type(outcome).__name__.lower()).inc()
+            _seconds(known).observe(duration_s)
             _log_finished(outcome, duration_s)
     return outcome
 
