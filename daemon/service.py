@@ -30,7 +30,7 @@ from daemon.app import App, days, open_app, qstash_settings, tick_settings
 from daemon.config import Settings
 from daemon.db import ledger, migrate, pauses, streams, ticks
 from daemon.domain.dev import DEV_ACCOUNTS
-from daemon.domain.errors import PermanentError, TransientError
+from daemon.domain.errors import DaemonError, TransientError
 from daemon.domain.gauge import Gauge
 from daemon.queue.pruning import prune_messages
 from daemon.telemetry import metrics, traces
@@ -321,6 +321,8 @@ async def _mourn(app: App) -> None:
                 log.warning("push.mourned", messages=told)
         except TransientError as error:
             log.debug("push.mourning_postponed", reason=str(error))
+        except DaemonError as error:  # one message's, and no reason to stop delivering the others
+            log.exception("push.mourning_failed", reason=str(error))
 
 
 async def _judge_ticks(app: App) -> None:
@@ -358,7 +360,7 @@ async def keep_house(app: App) -> None:
             await chore(app)
         except TransientError as error:
             log.warning("maintenance.postponed", reason=str(error))
-        except PermanentError as error:
+        except DaemonError as error:
             log.exception("maintenance.failed", reason=str(error))
 
 

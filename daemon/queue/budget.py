@@ -1,12 +1,15 @@
-"""A bound on the bytes that are held in memory at once."""
+"""Bounds on the bytes that are held in memory at once."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import anyio
+
+Item = TypeVar("Item")
 
 
 class ByteBudget:
@@ -56,3 +59,18 @@ class ByteBudget:
             needed, event = self._waiting.popleft()
             self._free -= needed
             event.set()
+
+
+def portions(items: Iterable[Item], bytes_of: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """In turn as many as have no more than `most` bytes together; one that has more comes alone."""
+    portion: list[Item] = []
+    filled = 0
+    for item in items:
+        needed = bytes_of(item)
+        if portion and filled + needed > most:
+            yield portion
+            portion, filled = [], 0
+        portion.append(item)
+        filled += needed
+    if portion:
+        yield portion

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, NamedTuple
 
+import structlog
+
 from daemon.db.pool import Database, Record, Session, query
 from daemon.domain.account import AccountId
-from daemon.domain.errors import QuotaError
+from daemon.domain.errors import QuotaError, TransientError
 from daemon.domain.job import JobId
 
 GATES_MAX = 500
@@ -41,6 +43,8 @@ _UNPIN = query("gate_unpin")
 _RESET = query("gate_reset")
 _DELETE = query("gate_delete")
 _QUEUE_JOBS = query("queue_jobs")
+
+log = structlog.get_logger(__name__)
 
 Kind = Literal["queue", "flow", "all"]
 
@@ -109,18 +113,20 @@ class Gates:
         if not wishes:
             return {}
         found = await self._find(tx, wishes)
-        missing = [wishes[key] for key in sorted(wishes.keys() - found.keys())]
-        if missing:
+        # Somebody else's that was there when ours was to be added may be deleted before we find it: then again.
+        while missing := [wishes[key] for key in sorted(wishes.keys() - found.keys())]:
             await self._check_queues(tx, missing, queues_max)
             await tx.execute(_ADD, *_columns(missing))
             found = await self._find(tx, wishes)
         changed = [
             (found[key]["id"], wish)
             for key, wish in wishes.items()
-            if key in found and wish.kind != "queue" and _differs(found[key], wish)
+            if wish.kind != "queue" and _differs(found[key], wish)
         ]
         if changed:
             changed.sort(key=lambda pair: pair[0])
+            # By itself, since an update of several rows locks them in whatever order it meets them.
+            await tx.fetch(_ADMIT_LOCK_THESE, [id_ for id_, _ in changed])
             await tx.execute(
                 _CONFIGURE,
                 [id_ for id_, _ in changed],
@@ -157,6 +163,15 @@ class Gates:
             admitted += row["ready"]
             ids = sorted(row["next_ids"])
         return admitted
+
+    async def open_up(self, gates: Iterable[int]) -> None:
+        """The same, for whom has just committed: that has come true, so nothing may fail here any more. Where letting pass
+        does not go now, the next round does it.
+        """
+        try:
+            await self.admit(gates)
+        except TransientError as error:
+            log.debug("gates.postponed", reason=str(error))
 
     async def admit_waiting(self) -> tuple[int, float | None]:
         """One round over all gates that hold somebody up: how many became ready, and in how many seconds a rate's window
@@ -199,13 +214,13 @@ class Gates:
             if not await self._find(tx, [GateKey(account, "queue", name)]):
                 await self._check_queues(tx, [Wanted(account, "queue", name, parallelism)], {account: queues_max})
             gate = await tx.fetchval(_QUEUE_SET, account, name, parallelism, is_paused)
-        await self.admit([gate])
+        await self.open_up([gate])
 
     async def pause(self, account: AccountId, kind: Kind, name: str, *, is_paused: bool) -> bool:
         """Close or open a gate. False when there is none of that name."""
         gate = await self._db.fetchval(_PAUSE, account, kind, name, is_paused)
         if gate is not None and not is_paused:
-            await self.admit([gate])
+            await self.open_up([gate])
         return gate is not None
 
     async def pin(
@@ -213,7 +228,7 @@ class Gates:
     ) -> None:
         """Fix what is given, for a key that need not exist yet; its window begins anew."""
         gate = await self._made(account, name, _PIN, parallelism, rate, period_s)
-        await self.admit([gate])
+        await self.open_up([gate])
 
     async def unpin(self, account: AccountId, name: str, *, parallelism: bool, rate: bool) -> bool:
         """Let messages change it again. False when there is no such key."""
@@ -229,7 +244,7 @@ class Gates:
         """Begin a new window now. False when there is no such key."""
         gate = await self._db.fetchval(_RESET, account, name)
         if gate is not None:
-            await self.admit([gate])
+            await self.open_up([gate])
         return gate is not None
 
     async def delete_queue(self, tx: Session, account: AccountId, name: str) -> list[JobId]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -12,6 +12,7 @@ from daemon.db.pool import Database, Record, Session, query
 from daemon.domain.account import AccountId, Limits
 from daemon.domain.errors import UsageError
 from daemon.domain.job import JobId
+from daemon.queue.budget import portions
 from daemon.queue.listing import NEWEST, PAGE_BYTES_MAX, Filter, Place, cursor_of, matching, places_of, walk
 from daemon.queue.message import (
     Headers,
@@ -214,7 +215,7 @@ class Letters:
         made: list[Published] = []
         gates: set[int] = set()
         sizes = {row["id"]: row["bytes"] for row in await tx.fetch(_SIZES, jobs)}
-        for part in _parts(jobs, sizes):
+        for part in portions(jobs, sizes.__getitem__, PAGE_BYTES_MAX):
             rows = {row["id"]: row for row in await tx.fetch(_MESSAGES, part)}
             call = [_again(rows[job], changes) for job in part]
             published, opened = await self._messages.publish_in(tx, [(limits, call)])
@@ -224,22 +225,8 @@ class Letters:
 
     async def _begin(self, gates: set[int]) -> None:
         if gates:
-            await self._queue.gates.admit(gates)
+            await self._queue.gates.open_up(gates)
         self._queue.waker.wake()
-
-
-def _parts(jobs: Sequence[JobId], sizes: Mapping[JobId, int]) -> Iterator[list[JobId]]:
-    """In turn as many as do not fill the memory."""
-    part: list[JobId] = []
-    filled = 0
-    for job in jobs:
-        if part and filled + sizes[job] > PAGE_BYTES_MAX:
-            yield part
-            part, filled = [], 0
-        part.append(job)
-        filled += sizes[job]
-    if part:
-        yield part
 
 
 def _again(row: Record, changes: Mapping[str, object]) -> Publication:

@@ -8,17 +8,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import IntEnum
 
 import msgspec
+import structlog
 
 from daemon.db.pool import Database, Record, Session, query
 from daemon.db.text import storable
 from daemon.domain.account import AccountId, Limits
-from daemon.domain.errors import DataRejectedError, UsageError
-from daemon.domain.job import PUSH_KEY, Completed, Discarded, Job, JobId, NewJob, Outcome, Retryable
+from daemon.domain.errors import DataRejectedError, TransientError, UsageError
+from daemon.domain.job import (
+    PUSH_KEY,
+    Completed,
+    Discarded,
+    Job,
+    JobId,
+    NewJob,
+    Outcome,
+    Retryable,
+    Settlement,
+    Snoozed,
+)
+from daemon.queue.budget import portions
 from daemon.queue.callbacks import callbacks_of
 from daemon.queue.gates import GateKey, Wanted
 from daemon.queue.message import (
@@ -38,7 +51,10 @@ TIMEOUT_MARGIN_S = 60.0
 """A job outlives its attempt, so that it is the attempt that ends with a time-out, and tells so."""
 SMALL_BYTES = 64 << 10
 """Bodies up to here are loaded with their messages, larger ones by themselves."""
+SETTLE_BYTES_MAX = 16 << 20
+"""What one statement about the ends of attempts may hold of bodies."""
 UNMOURNED_S = 3.0
+UNREAD_SNOOZE_S = 30.0
 UNLIMITED = Limits()
 """What callbacks ask for was checked with their message."""
 ROUND_MAX = 200
@@ -53,8 +69,11 @@ _EVENTS = query("event_insert")
 _SHARE = query("slot_share")
 _UNMOURNED = query("message_unmourned")
 _MOURN = query("message_mourn")
+_SIZES = query("letter_sizes")
 
 _encode = msgspec.json.Encoder().encode
+
+log = structlog.get_logger(__name__)
 
 
 class State(IntEnum):
@@ -75,7 +94,6 @@ class Load:
     """A message under way. `body` is None where it is large and has to be fetched."""
 
     message: Message
-    gates: tuple[int, ...]
     body: bytes | None
     body_bytes: int
     key_id: str
@@ -138,7 +156,7 @@ class Messages:
         else:
             async with self._db.transaction() as tx:
                 published, gates = await self.publish_in(tx, calls)
-            await self._queue.gates.admit(gates)
+            await self._queue.gates.open_up(gates)
         self._queue.waker.wake()
         return published
 
@@ -199,30 +217,72 @@ class Messages:
     async def load(self, jobs: Sequence[Job]) -> list[Load | None]:
         """What the attempts of these jobs need, and the note that they have begun. None: the lease is not ours."""
         rows = await self._db.fetch(_LOAD, [job.id for job in jobs], [job.token for job in jobs], SMALL_BYTES)
-        found = {row["id"]: row for row in rows}
-        return [_load(found[job.id]) if job.id in found else None for job in jobs]
+        found: dict[JobId, Load] = {}
+        unread: dict[JobId, Outcome] = {}
+        for row in rows:
+            try:
+                found[row["id"]] = _load(row)
+            except msgspec.MsgspecError as error:  # a newer version's; one that knows it will take it
+                log.error("push.unread", job_id=row["id"], reason=str(error))  # noqa: TRY400 - it is told
+                unread[row["id"]] = Snoozed(UNREAD_SNOOZE_S, f"this version cannot read it: {error}")
+        if unread:
+            await self._queue.settle([Settlement(job, unread[job.id], 0) for job in jobs if job.id in unread])
+        return [found.get(job.id) for job in jobs]
 
     async def body(self, load: Load) -> bytes:
         """A large body."""
         return await self._db.fetchval(_BODY, load.message.payload) or b""
 
     async def settle(self, ends: Sequence[Ended]) -> list[bool]:
-        """Write how attempts ended. False: the job is somebody else's by now, and nothing was written of it."""
+        """Write how attempts ended. False: the job is somebody else's by now, and nothing was written of it.
+
+        One whose response or callback Postgres refuses is written without them, and holds up none of the others.
+        """
+        accepted: set[JobId] = set()
         ordered = sorted(ends, key=lambda end: end.job.id)  # as everybody locks leases
-        has_reports = False
-        if any(_may_report(end) for end in ends):
-            accepted, has_reports = await self._settle_and_report(ordered)
-        else:  # one statement is a transaction too, for one way there and back in place of six
-            accepted = _ids(await self._db.fetch(_SETTLE, *_endings(ordered)))
-        ours = [end for end in ends if end.job.id in accepted]
-        gates = {gate for end in ours for gate in end.load.gates}
-        if gates:
-            await self._queue.gates.admit(gates)
-        if gates or has_reports or any(isinstance(end.outcome, Retryable) for end in ours):
-            self._queue.waker.wake()
+        for portion in portions(ordered, _bytes, SETTLE_BYTES_MAX):
+            accepted |= await self._settle(portion)
         return [end.job.id in accepted for end in ends]
 
-    async def _settle_and_report(self, ends: Sequence[Ended]) -> tuple[set[JobId], bool]:
+    async def _settle(self, ends: Sequence[Ended]) -> set[JobId]:
+        try:
+            return await self._settle_together(ends)
+        except TransientError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is about one of them
+            if len(ends) == 1:
+                return await self._settle_bare(ends[0], error)
+        half = len(ends) // 2
+        return await self._settle(ends[:half]) | await self._settle(ends[half:])
+
+    async def _settle_bare(self, end: Ended, error: Exception) -> set[JobId]:
+        """One end without what may be to blame: what came back; and if need be, without its callbacks."""
+        message_id, status = str(end.load.message.id), end.attempted.status
+        bare = replace(end, attempted=Attempted(status, error=end.attempted.error))
+        try:
+            log.error("push.stored_without_response", message_id=message_id, reason=str(error))
+            return await self._settle_together([bare])
+        except TransientError:
+            raise
+        except Exception as still:  # noqa: BLE001 - the callbacks are all that is left
+            log.error("push.stored_without_callbacks", message_id=message_id, reason=str(still))  # noqa: TRY400 - it is told
+            return await self._settle_together([bare], with_reports=False)
+
+    async def _settle_together(self, ends: Sequence[Ended], *, with_reports: bool = True) -> set[JobId]:
+        has_reports = False
+        if with_reports and any(_may_report(end) for end in ends):
+            rows, has_reports = await self._settle_and_report(ends)
+        else:  # one statement is a transaction too, for one way there and back in place of six
+            rows = await self._db.fetch(_SETTLE, *_endings(ends))
+        accepted = _ids(rows)
+        gates = {gate for row in rows for gate in row["gates"]}
+        if gates:
+            await self._queue.gates.open_up(gates)
+        if gates or has_reports or any(isinstance(e.outcome, Retryable) for e in ends if e.job.id in accepted):
+            self._queue.waker.wake()
+        return accepted
+
+    async def _settle_and_report(self, ends: Sequence[Ended]) -> tuple[list[Record], bool]:
         async with self._db.transaction() as tx:
             accepted = await self._queue.lock_leases(tx, [end.job for end in ends])
             ours = [end for end in ends if end.job.id in accepted]
@@ -237,8 +297,8 @@ class Messages:
                 )
             ]  # fmt: skip
             await self._report(tx, reports)
-            await tx.execute(_SETTLE, *_endings(ours))
-        return accepted, bool(reports)
+            rows = await tx.fetch(_SETTLE, *_endings(ours))
+        return rows, bool(reports)
 
     async def _report(self, tx: Session, reports: Sequence[Publication]) -> None:
         if not reports:
@@ -256,6 +316,25 @@ class Messages:
         lost = [row["id"] for row in await self._db.fetch(_UNMOURNED, UNMOURNED_S, within)]
         if not lost:
             return 0
+        sizes = {row["id"]: row["bytes"] for row in await self._db.fetch(_SIZES, lost)}
+        return sum([
+            await self._mourn(portion, within) for portion in portions(lost, sizes.__getitem__, SETTLE_BYTES_MAX)
+        ])  # fmt: skip
+
+    async def _mourn(self, lost: Sequence[JobId], within: timedelta, *, with_reports: bool = True) -> int:
+        try:
+            return await self._mourn_together(lost, within, with_reports=with_reports)
+        except TransientError:
+            raise
+        except Exception as error:
+            if not with_reports:
+                raise
+            if len(lost) == 1:
+                log.exception("push.mourned_without_callback", job_id=lost[0], reason=str(error))
+                return await self._mourn(lost, within, with_reports=False)
+        return sum([await self._mourn([job], within) for job in lost])
+
+    async def _mourn_together(self, lost: Sequence[JobId], within: timedelta, *, with_reports: bool) -> int:
         async with self._db.transaction() as tx:
             rows = await tx.fetch(_MOURN, lost)
             still = {
@@ -263,7 +342,7 @@ class Messages:
             }  # another replica may have told
             rows = [row for row in rows if row["id"] in still]
             reports: list[Publication] = []
-            for row in rows:
+            for row in rows if with_reports else ():
                 attempted = Attempted(error=row["reason"])
                 reports += callbacks_of(
                     message_of(row), row["body"] or b"", attempted, max(0, row["attempt"] - 1),
@@ -342,7 +421,7 @@ def _row(
 
 def _load(row: Record) -> Load:
     return Load(
-        message_of(row), tuple(row["gates"] or ()), row["body"] if row["body_bytes"] else b"", row["body_bytes"],
+        message_of(row), row["body"] if row["body_bytes"] else b"", row["body_bytes"],
         row["key_id"], row["keys"],
     )  # fmt: skip
 
@@ -372,6 +451,15 @@ def _events(end: Ended) -> Iterable[_Event]:
         yield _Event(message, account, State.FAILED, retried, None, *told)
     elif isinstance(outcome, Retryable):
         yield _Event(message, account, State.RETRY, retried, outcome.delay_s)
+
+
+def _bytes(end: Ended) -> int:
+    """About what the statements hold of it that write its end: a failure tells of the response twice, each callback
+    carries both bodies as base64.
+    """
+    spec, response = end.load.message.spec, len(end.attempted.body)
+    reports = sum(callback is not None for callback in (spec.callback, spec.failure_callback))
+    return 2 * response + reports * (response + len(end.body)) * 4 // 3
 
 
 def _may_report(end: Ended) -> bool:

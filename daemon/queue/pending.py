@@ -123,5 +123,5 @@ class Pending:
 
     async def _begin(self, gates: set[int]) -> None:
         if gates:
-            await self._queue.gates.admit(gates)
+            await self._queue.gates.open_up(gates)
             self._queue.waker.wake()

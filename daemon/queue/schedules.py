@@ -22,7 +22,7 @@ import structlog
 from daemon.db.pool import Database, Record, Session, query
 from daemon.db.text import storable
 from daemon.domain.account import AccountId, Limits
-from daemon.domain.errors import DataRejectedError, QuotaError, TransientError, UsageError
+from daemon.domain.errors import QuotaError, TransientError
 from daemon.domain.job import JobId
 from daemon.queue.cron import upcoming
 from daemon.queue.groups import Group, endpoints_of
@@ -206,7 +206,9 @@ class Schedules:
         limits = {account: await self._limits_of(account) for account in accounts}
         try:
             return await self._fire(limits, _DUE, limit, accounts, BODIES_BYTES_MAX)
-        except (UsageError, DataRejectedError):
+        except TransientError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever it is, it is about one of them
             return await self._fire_singly(limits, limit)
 
     async def _fire_singly(self, limits: dict[AccountId, Limits], limit: int) -> int:
@@ -215,7 +217,9 @@ class Schedules:
         for row in await self._db.fetch(_DUE_IDS, limit, [*limits]):
             try:
                 fired += await self._fire(limits, _DUE_ONE, row["account_id"], row["id"])
-            except (UsageError, DataRejectedError) as error:
+            except TransientError:
+                raise
+            except Exception as error:  # noqa: BLE001 - it stops neither the others nor the daemon
                 fired += await self._fire(limits, _DUE_ONE, row["account_id"], row["id"], failed=str(error))
         return fired
 
@@ -239,7 +243,7 @@ class Schedules:
         for firing in firings:
             _tell(firing)
         if gates:
-            await self._queue.gates.admit(gates)
+            await self._queue.gates.open_up(gates)
         self._queue.waker.wake()
         return len(firings)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -22,10 +23,9 @@ from daemon.domain.duration import asked_wait_s, backoff_s
 from daemon.domain.errors import (
     ConfigError,
     CredentialError,
-    DeadlockError,
     LeaseLostError,
     PermanentError,
-    StorageUnavailableError,
+    TransientError,
     UpstreamUnavailableError,
 )
 from daemon.domain.expression import parse_delay
@@ -44,6 +44,10 @@ GIVE_UP = "upstash-nonretryable-error"
 GIVE_UP_STATUS = 489
 SETTLE_RETRY_S = (0.2, 5.0)
 UNSIGNED_SNOOZE_S = 30.0
+AWAY_SNOOZE_S = 5.0
+CROWDED_SNOOZE_S = 5.0
+ROOM_S = 20.0
+"""How long a large body waits for room; of the margin that its job has."""
 CALLBACK_COPIES = 3
 """How much of a body a callback's JSON, and the statement that stores it, hold on top of it."""
 NOT_FORWARDED = frozenset(
@@ -90,18 +94,26 @@ class Pusher:
 
         Raises:
             LeaseLostError: the job is somebody else's, or was cancelled.
-            StorageUnavailableError: Postgres was away before the attempt began.
         """
-        load = await self._load(job)
-        if load is None:
-            raise LeaseLostError(f"job {job.id}: token {job.token} is stale")
-        if load.body is not None:
-            return await self._deliver(job, load, load.body)
-        copies = 1 + CALLBACK_COPIES * sum(
-            c is not None for c in (load.message.spec.callback, load.message.spec.failure_callback)
-        )
-        async with self._budget.hold(load.body_bytes * copies):
-            return await self._deliver(job, load, await self._messages.body(load))
+        try:
+            load = await self._load(job)
+            if load is None:
+                raise LeaseLostError(f"job {job.id}: token {job.token} is stale")
+            if load.body is not None:
+                return await self._deliver(job, load, load.body)
+            copies = 1 + CALLBACK_COPIES * sum(
+                c is not None for c in (load.message.spec.callback, load.message.spec.failure_callback)
+            )
+            async with AsyncExitStack() as stack:
+                with anyio.move_on_after(ROOM_S) as waiting:
+                    await stack.enter_async_context(self._budget.hold(load.body_bytes * copies))
+                if waiting.cancelled_caught:
+                    # Others may hold it for hours. To go on waiting would use up the attempt without one.
+                    return Snoozed(CROWDED_SNOOZE_S, "other large bodies are under way")
+                return await self._deliver(job, load, await self._messages.body(load))
+        except TransientError as error:
+            # Only ever before anything is sent, so it is no attempt: there may be no other.
+            return Snoozed(AWAY_SNOOZE_S, str(error))
 
     async def _deliver(self, job: Job, load: Load, body: bytes) -> Outcome:
         began = perf_counter()
@@ -161,7 +173,7 @@ class Pusher:
         while True:
             try:
                 return await self._settle(ended)
-            except (StorageUnavailableError, DeadlockError) as error:
+            except TransientError as error:
                 log.debug("push.settling_postponed", reason=str(error))
                 await anyio.sleep(delay_s)
                 delay_s = min(SETTLE_RETRY_S[1], delay_s * 2)

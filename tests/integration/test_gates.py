@@ -6,10 +6,13 @@ from dataclasses import replace
 import anyio
 import pytest
 
-from daemon.domain.errors import QuotaError
+from daemon.domain.errors import QuotaError, StorageUnavailableError
 from daemon.queue.gates import Gate, Gates
+from daemon.queue.maintenance import QueueMaintenance
 from daemon.queue.message import Callback, Published
+from daemon.queue.pending import Pending
 from daemon.queue.postgres import PostgresQueue
+from daemon.worker.push import Pusher
 from tests.books_kit import until
 from tests.push_kit import Arrived, Endpoint, Pushing, Reply, open_endpoint, open_pushing
 
@@ -34,17 +37,17 @@ class Turnstile:
     """An endpoint that lets requests go one by one, when the test says so."""
 
     def __init__(self, endpoint: Endpoint, status: int = 200) -> None:
-        self._send, self._receive = anyio.create_memory_object_stream[None](10_000)
+        self._turns = anyio.Semaphore(0)
         self.status = status
         endpoint.judge = self._judge
 
     async def _judge(self, _one: Arrived) -> Reply:
-        await self._receive.receive()
+        await self._turns.acquire()
         return Reply(self.status)
 
     def let(self, count: int) -> None:
         for _ in range(count):
-            self._send.send_nowait(None)
+            self._turns.release()
 
 
 async def counts(pushing: Pushing) -> tuple[int, int]:
@@ -186,6 +189,30 @@ async def test_thousands_of_shut_gates_do_not_hide_an_open_one(pushing: Pushing)
     assert (await Gates(pushing.db).admit_waiting())[0] == 1
 
 
+async def test_a_key_whose_window_is_over_does_not_keep_the_promotion_awake(pushing: Pushing) -> None:
+    """What holds up the second one is the first one, for hours perhaps, and no window that opens."""
+    flow = ("k", 1, 1, 1)
+    await pushing.publish(*[pushing.publication("http://127.0.0.1:1/", flow=flow) for _ in range(2)])
+    await pushing.db.execute("update gate set rate_start = now() - interval '1 minute'")
+    assert await counts(pushing) == (1, 1)
+    assert (await pushing.queue.promote()).next_s is None
+
+
+async def test_what_is_published_stays_so_where_letting_pass_does_not_go(
+    pushing: Pushing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another replica may hold the gate's row for longer than we wait: to answer an error would make a second message."""
+
+    async def admit(_gates: object) -> int:
+        raise StorageUnavailableError("the gate's row is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pushing.queue.gates, "admit", admit)
+        await pushing.publish(pushing.publication("http://127.0.0.1:1/", queue="line"))
+    assert await counts(pushing) == (0, 1)
+    assert (await pushing.queue.promote()).moved == 1
+
+
 # ── FIFO queues ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -216,6 +243,50 @@ async def test_a_queue_delivers_in_order_and_waits_for_retries_and_callbacks(
     assert order == ["/0", "/0", "/0", "/1", "/2", "/3"]
     at = {one.target: index for index, one in enumerate(endpoint.arrived)}  # where each was seen last
     assert all(at[f"/cb{n}"] < at[f"/{n + 1}"] for n in range(3))
+
+
+async def test_the_end_of_a_callback_lets_the_next_one_pass_at_once(pushing: Pushing, endpoint: Endpoint) -> None:
+    worker = await pushing.queue.register_worker()
+
+    async def deliver() -> None:
+        (job,) = (await pushing.queue.claim(worker, 10)).jobs
+        await Pusher(pushing.messages, pushing.accounts, pushing.client).run(job)
+
+    callback = Callback(f"{endpoint.url}/cb")
+    await pushing.publish(
+        *[pushing.publication(f"{endpoint.url}/{n}", queue="line", callback=callback) for n in range(2)]
+    )
+    for _ in range(3):  # without a round of promotion
+        await deliver()
+    assert [one.target for one in endpoint.arrived] == ["/0", "/cb", "/1"]
+
+
+async def test_a_letter_replayed_after_its_queue_is_gone_is_not_held_for_ever(
+    pushing: Pushing, endpoint: Endpoint
+) -> None:
+    endpoint.judge = lambda _one: Reply(500 if len(endpoint.arrived) <= 3 else 200)
+    async with pushing.working():
+        (made,) = await pushing.publish(
+            pushing.publication(f"{endpoint.url}/", queue="line", retries=1, retry_delay="0")
+        )
+        await pushing.logs(made, "FAILED")
+        await Pending(pushing.db, pushing.queue).delete_queue(pushing.account, "line")
+        await QueueMaintenance(pushing.db, pushing.queue.waker).dead_replay([made.id.job])
+        await pushing.logs(made, "DELIVERED")
+        await pushing.is_quiet()
+    assert len(endpoint.arrived) == 4
+
+
+async def test_a_letter_that_an_older_version_left_in_its_place_can_be_replayed(
+    pushing: Pushing, endpoint: Endpoint
+) -> None:
+    """It ends jobs without giving back their places."""
+    (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/", queue="line"))
+    await pushing.db.execute(
+        "with x as (delete from ready returning id) insert into dead select id, now(), 1, 1, '' from x"
+    )
+    await QueueMaintenance(pushing.db).dead_replay([made.id.job])
+    assert (await pushing.queue.promote()).moved == 1
 
 
 async def test_a_queue_has_as_many_lanes_as_it_is_given(pushing: Pushing, endpoint: Endpoint) -> None:

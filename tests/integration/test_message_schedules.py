@@ -318,8 +318,7 @@ async def test_firing_that_was_cut_off_before_its_gates_is_let_through_later(sch
 
     with monkeypatch.context() as patch:
         patch.setattr(post.queue.gates, "admit", cut_off)
-        with pytest.raises(StorageUnavailableError):
-            await schedules.fire_due()
+        assert await schedules.fire_due() == 1, "it is committed"
     assert await post.claim() == []
     assert await schedules.fire_due() == 0, "it has fired"
     await post.queue.promote()
@@ -516,3 +515,14 @@ AUTUMN = datetime(2026, 10, 24, 12, tzinfo=UTC)  # and 25 October 02:00 to 03:00
 )  # fmt: skip
 def test_instants_of_hard_expressions(cron, after, expected) -> None:
     assert instants(cron, after, len(expected)) == expected
+
+
+async def test_a_schedule_that_cannot_be_read_stops_neither_the_others_nor_the_service(schedules, post, db) -> None:
+    await put(schedules, post, "bad")
+    await put(schedules, post, "good")
+    await db.execute("update schedule set spec = '{\"retries\": []}' where id = 'bad'")
+    await come_due(db)
+    assert await schedules.fire_due() == 2
+    assert [row["schedule_id"] for row in await messages_of(db)] == ["good"]
+    assert await db.fetchval("select error from schedule where id = 'bad'")
+    assert await schedules.fire_due() == 0

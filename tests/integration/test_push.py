@@ -10,13 +10,17 @@ import pytest
 from qstash import Receiver
 
 from daemon.db.accounts import AccountStore
+from daemon.db.pool import Database, Session
 from daemon.db.secrets import Keyring
+from daemon.domain.errors import StorageUnavailableError
+from daemon.domain.job import Discarded
 from daemon.domain.network import Guard
-from daemon.queue.message import Callback, dead_name
+from daemon.queue.message import Attempted, Callback, Spec, dead_name
 from daemon.queue.messages import Messages
 from daemon.queue.postgres import PostgresQueue
-from daemon.worker.push import Pusher
+from daemon.worker.push import Pusher, PushLimits
 from tests.books_kit import until
+from tests.message_kit import Post
 from tests.push_kit import Arrived, Endpoint, Pushing, Reply, open_endpoint, open_pushing
 
 pytestmark = pytest.mark.anyio
@@ -358,3 +362,143 @@ async def test_who_cannot_sign_leaves_the_message_alone(pushing: Pushing, endpoi
     async with pushing.working():
         (one,) = await endpoint.has(1)
     assert one.retried == 0
+
+
+async def test_a_message_with_a_single_attempt_does_not_lose_it_to_an_outage(
+    pushing: Pushing, endpoint: Endpoint
+) -> None:
+    """Nothing was sent, so nothing was tried: without retries it would be dead, and nobody would have been asked."""
+    failures = iter([True])
+    load = pushing.messages.load
+
+    async def load_late(jobs):
+        if next(failures, False):
+            raise StorageUnavailableError("away")
+        return await load(jobs)
+
+    pushing.messages.load = load_late
+    async with pushing.working():
+        (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/", retries=0))
+        await pushing.logs(made, "DELIVERED")
+    assert [one.retried for one in endpoint.arrived] == [0]
+
+
+async def test_a_large_body_that_finds_no_room_spends_no_attempt(
+    pushing: Pushing, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daemon.worker.push.ROOM_S", 0.1, raising=False)
+    never = anyio.Event()
+
+    async def judge(one: Arrived) -> Reply:
+        if one.target == "/slow":
+            await never.wait()
+        return Reply()
+
+    endpoint.judge = judge
+    pusher = Pusher(pushing.messages, pushing.accounts, pushing.client, PushLimits(1 << 20))
+    async with pushing.working(pushing.worker(pusher)):
+        await pushing.publish(pushing.publication(f"{endpoint.url}/slow", b"x" * (1 << 20)))
+        await endpoint.has(1)
+        (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/", b"x" * (1 << 20), retries=0))
+
+        async def is_put_off() -> bool:
+            return await pushing.db.fetchval("select attempt from due where id = $1", made.id.job) == 0
+
+        await until(is_put_off, "the message is put off")
+        never.set()
+        await pushing.logs(made, "DELIVERED")
+
+
+# ── One that cannot be stored ───────────────────────────────────────────────────────────────────
+
+
+async def test_a_response_that_postgres_refuses_spoils_no_other_end(pushing: Pushing, endpoint: Endpoint) -> None:
+    await pushing.db.execute("alter table event add check (response_body is distinct from 'poison')")
+    endpoint.judge = lambda one: Reply(500, {"X-Why": "x"}, b"poison" if one.target == "/7" else b"no")
+    jobs = [pushing.publication(f"{endpoint.url}/{n}", retries=0) for n in range(20)]
+    async with pushing.working():
+        made = await pushing.publish(*jobs)
+        for one in made:
+            await pushing.logs(one, "FAILED")
+    assert len(endpoint.arrived) == 20
+    for one in made:
+        assert await pushing.states(one) == ["CREATED", "ACTIVE", "ERROR", "FAILED"]
+    rows = await pushing.db.fetch("select response_body, error from event where state = 6")
+    assert Counter(row["response_body"] for row in rows) == {b"no": 19, None: 1}
+    assert {row["error"] for row in rows} == {"the endpoint answered 500"}
+
+
+async def test_a_callback_that_postgres_refuses_does_not_undo_the_delivery(
+    pushing: Pushing, endpoint: Endpoint
+) -> None:
+    await pushing.db.execute("alter table message add check (host <> 'refused.example')")
+    async with pushing.working():
+        made = await pushing.publish(
+            *[pushing.publication(f"{endpoint.url}/{n}", callback=Callback(f"{endpoint.url}/cb")) for n in range(5)],
+            pushing.publication(f"{endpoint.url}/x", callback=Callback("https://refused.example/cb")),
+        )
+        for one in made:
+            await pushing.logs(one, "DELIVERED")
+        await endpoint.has(5, "/cb")
+        await pushing.is_quiet()
+    assert len(endpoint.arrived) == 11
+
+
+async def test_a_failure_that_cannot_be_reported_does_not_keep_others_from_being_mourned(
+    pushing: Pushing, endpoint: Endpoint
+) -> None:
+    good, bad = Callback(f"{endpoint.url}/failed"), Callback("https://refused.example/cb")
+    made = await pushing.publish(
+        *[pushing.publication(f"{endpoint.url}/", failure_callback=each) for each in (good, bad, good)]
+    )
+    await pushing.db.execute("alter table message add check (host <> 'refused.example')")
+    await pushing.db.execute(
+        "with x as (delete from ready returning id)"
+        " insert into dead select id, now() - interval '1 minute', 1, 1, 'worker lost' from x"
+    )
+    assert await pushing.messages.mourn() == 3
+    assert await pushing.messages.mourn() == 0
+    for one in made:
+        assert await pushing.states(one) == ["CREATED", "FAILED"]
+    assert await pushing.db.fetchval("select count(*) from ready") == 2
+
+
+async def test_a_message_that_this_version_cannot_read_is_left_to_another(pushing: Pushing, endpoint: Endpoint) -> None:
+    made = await pushing.publish(*[pushing.publication(f"{endpoint.url}/{n}") for n in range(5)])
+    await pushing.db.execute("update message set spec = '{\"retries\": []}' where id = $1", made[2].id.job)
+    async with pushing.working():
+        await endpoint.has(4)
+
+        async def is_put_off() -> bool:
+            return await pushing.db.fetchval("select attempt from due") == 0
+
+        await until(is_put_off, "the message is put off")
+    for one in (*made[:2], *made[3:]):
+        assert await pushing.states(one) == ["CREATED", "ACTIVE", "DELIVERED"]
+
+
+async def test_many_large_responses_are_written_in_portions(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each failure tells of its response twice, and each callback carries it as base64."""
+    post = await Post.open(db)
+    spec = Spec(callback=Callback("https://example.com/cb"))
+    await post.publish(*[post.publication(spec=spec) for _ in range(30)])
+    sizes: list[int] = []
+    execute, fetch = Session.execute, Session.fetch
+
+    def note(arguments: tuple[object, ...]) -> None:
+        columns = [column for column in arguments if isinstance(column, list)]
+        sizes.append(sum(len(value) for column in columns for value in column if isinstance(value, bytes)))
+
+    async def noted_execute(session, sql, *arguments, **options):
+        note(arguments)
+        return await execute(session, sql, *arguments, **options)
+
+    async def noted_fetch(session, sql, *arguments, **options):
+        note(arguments)
+        return await fetch(session, sql, *arguments, **options)
+
+    monkeypatch.setattr(Session, "execute", noted_execute)
+    monkeypatch.setattr(Session, "fetch", noted_fetch)
+    assert all(await post.end(await post.claim(), Discarded("no"), Attempted(500, {}, bytes(1 << 20), "no")))
+    assert max(sizes) <= 16 << 20
+    assert sum(sizes) > 90 << 20

@@ -49,7 +49,7 @@ select id from gate where id = any($1::bigint[]) order by id for no key update
 
 -- name: admit
 -- Through each of the locked gates $1 as many as may pass, at most $2 each. Then the gates behind are to be looked at, and
--- those at which more than that may pass.
+-- those at which more than that may pass. A place that a replica of a version without gates has left behind counts on.
 with c as materialized (select clock_timestamp() as at),
 g as materialized (
   select g.id, g.kind = 'queue' as is_kept, g.rate, at,
@@ -65,7 +65,8 @@ h as materialized (
 x as (delete from held where ctid = any(array(select t from h)) returning *),
 s as (
   insert into slot (job_id, gate_id, owner_id, is_kept)
-  select x.id, x.gate_id, x.id, g.is_kept from x join g on g.id = x.gate_id),
+  select x.id, x.gate_id, x.id, g.is_kept from x join g on g.id = x.gate_id
+  on conflict (job_id, gate_id) do nothing),
 n as materialized (
   select x.*, j.gates[array_position(j.gates, x.gate_id) + 1] as next_id from x join job j on j.id = x.id),
 r as (
@@ -86,9 +87,11 @@ select (select count(*) from n where next_id is null) as ready, coalesce((
     union select gate_id from x group by 1 having count(*) = $2) b), '{}') as next_ids
 
 -- name: admit_next
--- In how many seconds the next window of a gate opens that holds somebody up only by its rate.
+-- In how many seconds the next window of a gate opens that holds somebody up by its rate. Where the window is over, it is
+-- something else that holds them up.
 select extract(epoch from min(g.rate_start + make_interval(secs => g.period_s)) - clock_timestamp())::float8 as next_s
 from gate g where g.rate_count >= g.rate and not g.is_paused and exists (select from held h where h.gate_id = g.id)
+  and g.rate_start + make_interval(secs => g.period_s) > clock_timestamp()
 
 -- name: slot_gates
 -- The gates at which these jobs still count, or would have waited.

@@ -40,12 +40,11 @@ select id, salt from message where id = any($1::bigint[])
 -- are fetched one by one, so that many at once do not fill the memory.
 with m as materialized (
   select m.id, l.attempt, m.account_id, m.salt, m.url, m.method, m.spec, m.payload_id, m.not_before, m.created_at,
-         m.source_id, m.queue, m.schedule_id, m.topic, m.labels, m.caller_ip, j.gates, j.max_attempts,
+         m.source_id, m.queue, m.schedule_id, m.topic, m.labels, m.caller_ip,
          a.key_id, a.keys, coalesce(octet_length(p.body), 0) as body_bytes,
          case when octet_length(p.body) <= $3::int then p.body end as body
   from unnest($1::bigint[], $2::bigint[]) as i(id, token)
   join lease l on l.id = i.id and l.token = i.token
-  join job j on j.id = i.id
   join message m on m.id = i.id
   join account a on a.id = m.account_id
   left join payload p on p.id = m.payload_id),
@@ -59,7 +58,7 @@ select body from payload where id = $1
 
 -- name: message_settle
 -- `settle` for messages, with what there is to tell of each, in one statement: outcomes and notes as there, events from $7
--- on, of which those of a job that is not ours any more are left out.
+-- on, of which those of a job that is not ours any more are left out. The answer names the gates where there is room now.
 with i as (
   select * from unnest($1::bigint[], $2::bigint[], $3::smallint[], $4::int[], $5::float8[], $6::text[])
     as i(id, token, outcome, took_ms, delay_s, note)),
@@ -72,13 +71,14 @@ g as (
 r as (
   insert into due (run_at, key_id, prio, id, attempt, losses, token, gate_id)
   select now() + make_interval(secs => delay_s), x.key_id, x.prio, x.id, x.attempt, 0, token, (
-    select g.id from unnest(j.gates) with ordinality as g(id, place)
+    select g.id from unnest(j.gates) with ordinality as a(id, place) join gate g on g.id = a.id
     where not exists (select from slot s where s.job_id = x.id and s.gate_id = g.id and s.is_kept)
     order by place limit 1)
   from x join job j on j.id = x.id where outcome = 2),
 t as (
   delete from slot where job_id = any(array(select id from x))
-    and (not is_kept or job_id = any(array(select id from x where outcome <> 2)))),
+    and (not is_kept or job_id = any(array(select id from x where outcome <> 2)))
+  returning job_id, gate_id),
 z as (
   insert into dead (id, attempt, token, reason) select id, attempt, token, coalesce(note, '') from x where outcome = 4),
 f as (delete from job where id = any(array(select id from x where outcome = 1))),
@@ -90,7 +90,7 @@ e as (
     with ordinality as u(account_id, message_id, state, retried, next_s, status, error, header, body, place)
   where message_id in (select id from x)
   order by place)
-select id from x
+select id, array(select t.gate_id from t where t.job_id = x.id) as gates from x
 
 -- name: event_insert
 insert into event (account_id, message_id, state, retried, next_at, status, error, response_header, response_body)

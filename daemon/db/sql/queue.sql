@@ -140,7 +140,7 @@ g as (
 r as (
   insert into due (run_at, key_id, prio, id, attempt, losses, token, gate_id)
   select now() + make_interval(secs => delay_s), x.key_id, x.prio, x.id, x.attempt - (outcome = 3)::int, 0, token, (
-    select g.id from unnest(j.gates) with ordinality as g(id, place)
+    select g.id from unnest(j.gates) with ordinality as a(id, place) join gate g on g.id = a.id
     where not exists (select from slot s where s.job_id = x.id and s.gate_id = g.id and s.is_kept)
     order by place limit 1)
   from x join job j on j.id = x.id where outcome in (2, 3)),
@@ -267,11 +267,15 @@ from dead d join job j using (id) where d.id = $1
 select at, attempt, outcome, took_ms, note from attempt where id = $1 order by at limit 100
 
 -- name: dead_replay
--- The same id and a token that goes on growing: the identity of what it does stays the same.
+-- The same id and a token that goes on growing: the identity of what it does stays the same. Its gate is locked against
+-- deletion, so that it is not held at one that is gone; and places that a replica of a version without gates has left to
+-- it go, so that it does not wait for itself.
 with x as (delete from dead where id = any($1::bigint[]) returning id, token),
+t as (delete from slot where job_id = any(array(select id from x))),
 j as (
   select j.id, j.key_id, j.prio, x.token, (
     select a.id from unnest(j.gates) with ordinality as a(id, place) join gate g on g.id = a.id order by place limit 1
+    for key share of g
   ) as gate_id
   from x join job j on j.id = x.id),
 r as (
