@@ -32,6 +32,9 @@ CONNECTIONS_MAX = 512
 """Open at once; the next one is told 503. Times 1 MiB of body it is also what strangers can make us hold."""
 HEAD_S = 10.0
 HEAD_BYTES_MAX = 64 << 10
+TOO_LARGE_HEAD = (
+    b"431 Request Header Fields Too Large", f"the request's head is larger than {HEAD_BYTES_MAX} bytes",
+)  # fmt: skip
 MESSAGE_BYTES_MAX = 6 << 20
 """Of a request with everything, what is read on of a body that is too large included."""
 KEEP_ALIVE_S = 75
@@ -162,6 +165,7 @@ class _Protocol(HttpToolsProtocol):
     _is_refused = False
     _linger_bytes: int | None = None
     _head_bytes = 0
+    _header_bytes = 0
     _message_bytes = 0
     _problem = "this is no valid HTTP request"
 
@@ -182,9 +186,7 @@ class _Protocol(HttpToolsProtocol):
         if self._linger_bytes is not None:
             return
         if self._head_bytes > HEAD_BYTES_MAX:
-            self._refuse(
-                b"431 Request Header Fields Too Large", f"the request's head is larger than {HEAD_BYTES_MAX} bytes"
-            )
+            self._refuse(*TOO_LARGE_HEAD)
         elif self._message_bytes > self._message_bytes_max:
             self._refuse(b"413 Content Too Large", f"the request is larger than {self._message_bytes_max} bytes")
         elif not self._is_in_body and (self.cycle is None or self.cycle.response_complete):  # type: ignore[redundant-expr]  # uvicorn begins with None there
@@ -193,11 +195,15 @@ class _Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._is_in_head, self._head_bytes, self._message_bytes = True, 0, 0
+        self._is_in_head, self._head_bytes, self._header_bytes, self._message_bytes = True, 0, 0, 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._is_in_body:
             raise ValueError("trailers are not taken")  # they would join the headers of a request that is under way
+        self._header_bytes += len(name) + len(value) + 4
+        if self._header_bytes > HEAD_BYTES_MAX:  # all of it may have come in one piece
+            self._refuse(*TOO_LARGE_HEAD)
+            raise ValueError(TOO_LARGE_HEAD[1])
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:

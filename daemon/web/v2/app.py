@@ -16,7 +16,15 @@ from typing import Any
 import msgspec
 import structlog
 
-from daemon.domain.errors import DaemonError, DataRejectedError, QuotaError, TransientError, UsageError
+from daemon.domain.errors import (
+    ConfigError,
+    CredentialError,
+    DaemonError,
+    DataRejectedError,
+    QuotaError,
+    TransientError,
+    UsageError,
+)
 from daemon.queue.budget import ByteBudget
 from daemon.telemetry import metrics
 from daemon.telemetry.traces import span
@@ -30,6 +38,8 @@ BODY_BYTES_S = 64 << 10
 """A body has `BODY_S` to arrive, and this much more time the larger it may be."""
 ROOM_S = 30.0
 """How long to wait until other bodies have left room for one."""
+COPIES = 4
+"""Of a body on its way into the database, each in memory at the same time: as received, as one, as parsed, as sent."""
 SMALL_BYTES = 16 << 10
 """What is not larger needs no room of its own: the connection has buffered it already."""
 RETRY_AFTER_S = "5"
@@ -154,6 +164,10 @@ class V2:
         except TransientError as error:
             log.warning("api.unavailable", reason=str(error), request_id=request_id)
             raise Refusal(503, "the database is away; try again", {"Retry-After": RETRY_AFTER_S}) from error
+        except (ConfigError, CredentialError) as error:
+            log.error("api.unavailable", reason=str(error), request_id=request_id)  # noqa: TRY400 - it is told
+            problem = "this process cannot open the account's signing keys; its log says which secret key is missing"
+            raise Refusal(503, problem, {"Retry-After": RETRY_AFTER_S}) from error
         except DaemonError as error:
             log.exception("api.crashed", route=PREFIX + resource[:40], request_id=request_id)
             raise Refusal(500, "tallyd failed at it; its log has more") from error
@@ -193,7 +207,7 @@ class _Body:
             return b""
         needed = bytes_max if declared is None else declared
         if needed > SMALL_BYTES:
-            await self._make_room(needed)
+            await self._make_room(needed * COPIES)
         if self._is_whole:
             return await self._read(bytes_max)
         most_s = BODY_S + needed / BODY_BYTES_S

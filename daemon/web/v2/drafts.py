@@ -161,11 +161,13 @@ class _Given:
         return bool(self.get(name))
 
     def get(self, name: str) -> str | None:
-        """The value of a header that counts once; the last one, trimmed. Empty is absent."""
+        """The value of a header that is there once, trimmed; the same value twice is once. Empty is absent."""
         values = self._found.get(name)
         if not values:
             return None
         text = values[-1].strip()
+        if any(value.strip() != text for value in values):
+            raise UsageError(spelled(name), f"is given {len(values)} times, and not the same", "give it once")
         if len(text) > FIELD_CHARS_MAX:
             raise UsageError(spelled(name), f"has {len(text)} characters", f"write at most {FIELD_CHARS_MAX}")
         return text or None

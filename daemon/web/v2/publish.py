@@ -32,7 +32,7 @@ _Urls = dict[str, tuple[str, Destination]]
 """By host: what names it in the request, and a URL of it."""
 
 
-class _Item(msgspec.Struct):
+class _Item(msgspec.Struct, forbid_unknown_fields=True):
     """One element of a batch."""
 
     destination: str
@@ -232,7 +232,7 @@ def _publication(
 async def _group(call: Call, name: str) -> Group:
     group = await call.services.groups.get(call.account.id, check_group(name))
     if group is None:
-        raise UsageError(_DESTINATION, _NO_SCHEME)
+        raise UsageError(_DESTINATION, _NO_SCHEME, f"there is no URL group {name!r} either")
     return group
 
 
