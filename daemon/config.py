@@ -35,7 +35,7 @@ Parse = Callable[[object], object]
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError("is empty or no text; give a text")
+        raise ValueError("is empty; unset it, or give a text" if isinstance(value, str) else "is no text; give a text")
     if "\0" in value:
         raise ValueError("holds a NUL character; remove it")
     return value.strip()

@@ -25,7 +25,7 @@ FAST = {
     "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "autovacuum_naptime": "5s",
     "max_wal_size": "256MB",
 }  # fmt: skip
-MEMORY = Path("/dev/shm")  # noqa: S108 - a file system, not a file
+MEMORY = Path("/dev/shm")
 MEMORY_BYTES_MIN = 4 << 30
 
 

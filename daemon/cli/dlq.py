@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from daemon.cli.arguments import DryRun, Json
-from daemon.cli.printing import print_json, print_table
+from daemon.cli.printing import masked, print_json, print_table
 from daemon.cli.session import with_app
 from daemon.domain.errors import UsageError
 from daemon.domain.job import JobId
@@ -46,7 +46,7 @@ def list_(
         print_json([_shown(letter, addressed.get(letter.id)) for letter in letters])
         return
     rows = [
-        [str(x.id), x.at, x.kind, x.attempt, *([_url(addressed.get(x.id))] if addressed else []), x.reason]
+        [str(x.id), x.at, x.kind, x.attempt, *([_url(addressed.get(x.id))] if addressed else []), masked(x.reason)]
         for x in letters
     ]
     columns = ("id", "died_at", "kind", "attempts", *(["url"] if addressed else []), "reason")
@@ -80,7 +80,13 @@ def show(job_id: Annotated[str, typer.Argument(metavar="ID", help="Id of a dead 
         shown |= _message_shown(letter)
         replay = f"is published anew under another id, with {letter.message.spec.retries} retries; this one is dropped"
     shown["attempts_log"] = [
-        {"at": x.at, "attempt": x.attempt, "outcome": x.outcome, "took_ms": x.took_ms, "note": x.note}
+        {
+            "at": x.at,
+            "attempt": x.attempt,
+            "outcome": x.outcome,
+            "took_ms": x.took_ms,
+            "note": x.note and masked(x.note),
+        }
         for x in detail.attempts
     ]
     shown["replay"] = replay
@@ -119,11 +125,11 @@ class _Done:
 def _act(ids: list[str] | None, *, is_all: bool, dry_run: bool, json: bool, verb: str) -> None:
     if bool(ids) == is_all:
         raise UsageError("ID", "is to be given, or --all", "name ids, or pass --all")
-    wanted = {_parse_id(one) for one in ids or ()}
+    wanted = {_parse_id(one): one for one in ids or ()}
 
     async def work(a: App) -> _Done:
         there = await _every(a) if is_all else await _these(a, wanted)
-        done = _Done(set(there), wanted - there.keys())
+        done = _Done(set(there), wanted.keys() - there.keys())
         if not dry_run:
             if verb == "replayed":
                 await _replay(a, there, done)
@@ -142,7 +148,8 @@ def _act(ids: list[str] | None, *, is_all: bool, dry_run: bool, json: bool, verb
         for job, message in done.messages.items():
             print(f"{job} is message {message} now")
     if done.missing:
-        raise UsageError("ID", f"no dead letter {', '.join(map(str, sorted(done.missing)))}", "see `tallyd dlq list`")
+        names = ", ".join(wanted[job] for job in sorted(done.missing))
+        raise UsageError("ID", f"no dead letter {names}", "see `tallyd dlq list`")
 
 
 async def _every(a: App) -> dict[JobId, DeadLetter]:
@@ -217,7 +224,7 @@ def _shown(letter: DeadLetter, message: Addressed | None) -> dict[str, Any]:
         "kind": letter.kind,
         "key": letter.key,
         "attempts": letter.attempt,
-        "reason": letter.reason,
+        "reason": masked(letter.reason),
         "account": message and message.account,
         "message_id": message and str(message.id),
         "url": _url(message),
@@ -225,7 +232,7 @@ def _shown(letter: DeadLetter, message: Addressed | None) -> dict[str, Any]:
 
 
 def _url(message: Addressed | None) -> str | None:
-    return None if message is None else message.url
+    return None if message is None else masked(message.url)
 
 
 def _message_shown(letter: Letter) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from daemon.cli.arguments import Account, AnyAccount, Json
-from daemon.cli.printing import print_json, print_table
+from daemon.cli.printing import masked, print_json, print_table
 from daemon.cli.session import account_of, accounts_of, with_app
 from daemon.domain.errors import UsageError
 
@@ -61,14 +61,14 @@ def show(
             {
                 "account": account,
                 "group": found.name,
-                "endpoints": [{"name": endpoint.name, "url": endpoint.url} for endpoint in found.endpoints],
+                "endpoints": [{"name": endpoint.name, "url": masked(endpoint.url)} for endpoint in found.endpoints],
                 "headers": list(found.headers),
                 "created_at": found.created_at,
                 "updated_at": found.updated_at,
             }
         )
         return
-    print_table(("endpoint", "url"), [[e.name, e.url] for e in found.endpoints], empty="no endpoints")
+    print_table(("endpoint", "url"), [[e.name, masked(e.url)] for e in found.endpoints], empty="no endpoints")
     if found.headers:
         print(f"default headers: {', '.join(found.headers)}")
 
@@ -101,11 +101,11 @@ def audit(
                 "account": owner,
                 "group": group.name,
                 "endpoint": endpoint.name,
-                "url": endpoint.url,
+                "url": masked(endpoint.url),
                 "ok": found and found.is_alive,
                 "status": found and found.status,
                 "took_ms": found and found.took_ms,
-                "problem": found and found.problem,
+                "problem": None if found is None or found.problem is None else masked(found.problem),
             }
             for owner, group in groups
             for endpoint in group.endpoints

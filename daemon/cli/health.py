@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 NARROW = 100
 ID_MAX = 2**63 - 1
 FORMS = (
-    "give a request id, a job id, the start of a slot (2026-11-22T10:00:00Z), or seq:N of a read that booked something"
+    "give a request id, a job id, a message's id, the start of a slot (2026-11-22T10:00:00Z), or seq:N of a read that "
+    "booked something"
 )
 HANDOVER = ("published", "delivery", "failure", "refusal", "waiting", "deadline")
 
@@ -266,7 +267,10 @@ def healthcheck(
 
 def trace(
     what: Annotated[
-        str, typer.Argument(metavar="ID", help="A request id, a job id, a slot's start, or seq:N of the ledger.")
+        str,
+        typer.Argument(
+            metavar="ID", help="A request id, a job id, a message's id, a slot's start, or seq:N of the ledger."
+        ),
     ],
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many jobs, and so many reads.")] = 50,
     json: Json = False,
@@ -292,6 +296,8 @@ def trace(
 
 
 async def _found(a: App, what: str, limit: int) -> Trace | None:
+    from daemon.app import MessageId
+
     kind, number = ("seq", what[4:]) if what.startswith("seq:") else ("job", what)
     if number.isascii() and number.isdecimal() and len(number) < 20 and int(number) <= ID_MAX:
         if kind == "seq":
@@ -305,7 +311,10 @@ async def _found(a: App, what: str, limit: int) -> Trace | None:
         return await a.causes.trace_slot(slot, limit=limit)
     if not (what.isascii() and what.isprintable()):  # no request id has ever been like that
         return None
-    return await a.causes.trace_request(what, limit=limit)
+    if trace := await a.causes.trace_request(what, limit=limit):
+        return trace
+    message = MessageId.parse(what)
+    return None if message is None else await a.causes.trace_message(message.job, message.salt, limit=limit)
 
 
 def _instant(text: str) -> datetime | None:
@@ -380,6 +389,8 @@ def draw_trace(found: Trace) -> RenderableType:
 def _cause_lines(found: Trace) -> list[tuple[str, str]]:
     tick = found.tick
     if tick is None:
+        if any(job.kind == "push" for job in found.jobs):
+            return [("tick", "none: a message")]
         return [("tick", "none: by hand, a backfill, a part of a split batch, or older than what is kept")]
     verdict = {None: "open", True: "complete", False: "incomplete"}[tick.is_complete]
     in_time = "" if tick.done_in_time is None else f", {tick.done_in_time} by {clock_time(tick.deadline_at)}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from daemon.cli.arguments import Account, Json
-from daemon.cli.printing import note, print_json, print_table
+from daemon.cli.printing import MASK, note, print_json, print_table
 from daemon.cli.session import account_of, with_app
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Signing keys: how receivers know that a message is ours.", no_args_is_help=True)
 Reveal = Annotated[bool, typer.Option("--reveal", help="Print the keys themselves, not ***.")]
-MASK = "***"
 
 
 @app.command()
@@ -55,8 +54,11 @@ def rotate(
 
 def _show(account: str, keys: SigningKeys, *, reveal: bool, json: bool) -> None:
     current, following = (keys.current, keys.next) if reveal else (MASK, MASK)
+    rows = [["QSTASH_CURRENT_SIGNING_KEY", current], ["QSTASH_NEXT_SIGNING_KEY", following]]
     if json:
         print_json({"account": account, "current": current, "next": following})
+    elif reveal:
+        for name, key in rows:
+            print(f"export {name}={key}")
     else:
-        rows = [["QSTASH_CURRENT_SIGNING_KEY", current], ["QSTASH_NEXT_SIGNING_KEY", following]]
         print_table(("key", "value"), rows, empty="")

@@ -5,12 +5,21 @@ JSON: times are RFC 3339 in UTC, money is a decimal text, what is unknown is nul
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from urllib.parse import unquote
 
 from daemon.domain.window import rfc3339
+
+MASK = "***"
+_USER = re.compile(r"(://)([^/?#\s]*)@")
+_PARAMETER = re.compile(r"([?&;#])([^=&;#?\s]+)=([^&;#\s]+)")
+_SECRET_NAME = re.compile(
+    r"(?i)token|secret|passw|pwd|signature|credential|key$|(?:^|[^a-z])(?:sig|auth|authorization)$"
+)
 
 
 def _plain(value: object) -> object:
@@ -83,6 +92,24 @@ def cell(value: object) -> str:
 def visible(text: str) -> str:
     """Names come from providers and from people: control characters must not reach a terminal."""
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+
+
+def masked(text: str) -> str:
+    """A URL, or a text that names some, without the passwords in them: what publishers send may hold any.
+
+    A user without a password is masked too, since it is then the user that opens the door.
+    """
+    return _PARAMETER.sub(_masked_parameter, _USER.sub(_masked_user, text))
+
+
+def _masked_user(found: re.Match[str]) -> str:
+    user, _, password = found[2].partition(":")
+    return f"{found[1]}{user}:{MASK}@" if password else f"{found[1]}{MASK}@"
+
+
+def _masked_parameter(found: re.Match[str]) -> str:
+    start, name, _ = found.groups()
+    return f"{start}{name}={MASK}" if _SECRET_NAME.search(unquote(name)) else found[0]
 
 
 def note(text: str) -> None:

@@ -79,13 +79,22 @@ def remove(
     """Delete the schedule in QStash."""
     import anyio
 
-    from daemon.triggers.qstash import SCHEDULE_ID, remove_schedule
+    from daemon.triggers.qstash import SCHEDULE_ID, remove_schedule, schedule_of
 
     chosen = settings()
     set_up_logs(chosen)
     reach = _reach(chosen)
-    removed = not dry_run and anyio.run(remove_schedule, reach)
-    _show({"schedule_id": SCHEDULE_ID, "removed": removed, "dry_run": dry_run}, json=json)
+    if not dry_run:
+        removed = anyio.run(remove_schedule, reach)
+        _show({"schedule_id": SCHEDULE_ID, "removed": removed, "dry_run": False, "found": removed}, json=json)
+        return
+    found = anyio.run(schedule_of, reach, _now())
+    if json:
+        print_json({"schedule_id": SCHEDULE_ID, "removed": False, "dry_run": True, "found": found is not None})
+    elif found is None:
+        print("QStash has no schedule of ours; nothing would be removed")
+    else:
+        print(f"schedule {SCHEDULE_ID} ({found.cron}, {found.destination}) would be removed")
 
 
 def _reach(chosen: Settings) -> QStashSettings:

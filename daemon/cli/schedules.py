@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from daemon.cli.arguments import Account, AnyAccount, DryRun, Json
-from daemon.cli.printing import print_json, print_table
+from daemon.cli.printing import masked, print_json, print_table
 from daemon.cli.session import account_of, accounts_of, with_app
 from daemon.domain.account import AccountId
 from daemon.domain.errors import UsageError
@@ -57,8 +57,8 @@ def show(schedule_id: Id, account: Account = "default", json: Json = False) -> N
         "delay_s": spec.delay_s,
         "timeout_s": spec.timeout_s,
         "flow_key": None if spec.flow is None else spec.flow[0],
-        "callback": spec.callback and spec.callback.url,
-        "failure_callback": spec.failure_callback and spec.failure_callback.url,
+        "callback": spec.callback and masked(spec.callback.url),
+        "failure_callback": spec.failure_callback and masked(spec.failure_callback.url),
         "labels": list(found.labels),
         "body_bytes": len(found.body or b""),
         "last_messages": {str(id_): state for id_, state in found.last_states.items()},
@@ -124,11 +124,11 @@ def _line(account: str, schedule: Schedule) -> dict[str, object]:
         "account": account,
         "id": schedule.id,
         "cron": schedule.cron,
-        "destination": schedule.destination,
+        "destination": masked(schedule.destination),
         "queue": schedule.queue,
         "paused": schedule.is_paused,
         "created_at": schedule.created_at,
         "next_at": None if schedule.is_paused else schedule.next_at,
         "last_at": schedule.last_at,
-        "error": schedule.error,
+        "error": schedule.error and masked(schedule.error),
     }

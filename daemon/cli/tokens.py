@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +11,7 @@ import typer
 from daemon.cli.arguments import Account, Json
 from daemon.cli.printing import note, print_json, print_table
 from daemon.cli.session import with_app
-from daemon.domain.account import Limits
+from daemon.domain.account import LIMIT_NAMES, check_limits
 from daemon.domain.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ app = typer.Typer(help="Tokens: who may use the queue's API, for which account."
 Name = Annotated[str, typer.Argument(help="The token's name, unique in its account.")]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 NAME_FIX = "use 1 to 100 letters, digits, dots, dashes and underscores, a letter or digit first"
-KNOWN = tuple(field.name for field in dataclasses.fields(Limits))
 
 
 @app.command()
@@ -41,19 +40,22 @@ def add(
         if not NAME.fullmatch(text):
             raise UsageError(field, f"{text!r} is no name", NAME_FIX)
 
-    async def work(a: App) -> str:
+    async def work(a: App) -> tuple[str, Mapping[str, int]]:
         id_ = await a.accounts.add(account)
+        [before] = [line.limits for line in await a.accounts.accounts() if line.name == account]
         token = await a.accounts.add_token(id_, name, is_read_only=read_only)
         if limits:
             await a.accounts.add(account, limits)
-        return token.reveal()
+        return token.reveal(), before
 
-    token = with_app(work)
+    token, before = with_app(work)
     if json:
         print_json({"account": account, "name": name, "token": token, "read_only": read_only})
     else:
         print(token)
         note(f"This is token {name} of account {account}. Keep it: it is stored as a hash, and not shown again.")
+    if limits and limits != before:
+        note(f"Account {account} now has the limits {_shown(limits)}" + (f", not {_shown(before)}." if before else "."))
 
 
 @app.command("list")
@@ -83,7 +85,7 @@ def list_(
         return
     columns = ["account", "name", "read_only", "limits", "created_at", *(["revoked_at"] if with_revoked else [])]
     for row in rows:
-        row["limits"] = ", ".join(f"{key}={value}" for key, value in row["limits"].items()) or None  # type: ignore[attr-defined]  # a mapping, seen as object
+        row["limits"] = _shown(row["limits"]) or None  # type: ignore[arg-type]  # a mapping, seen as object
     print_table(columns, [[row[c] for c in columns] for row in rows], empty="no tokens; `tallyd tokens add NAME`")
 
 
@@ -105,13 +107,19 @@ def _parse_limits(pairs: list[str] | None) -> dict[str, int]:
     limits: dict[str, int] = {}
     for pair in pairs or ():
         name, equals, number = pair.partition("=")
-        if not equals or name not in KNOWN:
+        if not equals or name not in LIMIT_NAMES:
             raise UsageError(
-                "--limit", f"{pair!r} names no limit", f"write NAME=NUMBER, with one of {', '.join(KNOWN)}"
+                "--limit", f"{pair!r} names no limit", f"write NAME=NUMBER, with one of {', '.join(LIMIT_NAMES)}"
             )
-        if not (number.isascii() and number.isdecimal() and len(number) < 16) or (
-            name.startswith("para") and number == "0"
-        ):
-            raise UsageError("--limit", f"{pair!r} has no number", "give a whole number, at least 1 for parallelism")
+        if not (number.isascii() and number.isdecimal() and len(number) < 16):
+            raise UsageError("--limit", f"{pair!r} has no number", "give a whole number")
         limits[name] = int(number)
+    try:
+        check_limits(limits)
+    except UsageError as error:
+        raise UsageError("--limit", error.problem, error.fix) from error
     return limits
+
+
+def _shown(limits: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in limits.items())

@@ -18,7 +18,7 @@ import msgspec
 
 from daemon.db.pool import Database, Record, query
 from daemon.db.secrets import Keyring, Sealed
-from daemon.domain.account import Account, AccountId, Limits, SigningKeys
+from daemon.domain.account import LIMIT_NAMES, Account, AccountId, Limits, SigningKeys, check_limits
 from daemon.domain.connection import Secret
 from daemon.domain.dev import DevAccount
 from daemon.domain.errors import ConfigError, ConflictError, CredentialError, DataRejectedError, UsageError
@@ -44,7 +44,7 @@ _TOKEN_REVOKE = query("token_revoke")
 _TOKEN_FIND = query("token_find")
 _TOKEN_COUNT = query("token_count")
 
-_LIMITS = {field.name for field in dataclasses.fields(Limits)}
+_LIMITS = frozenset(LIMIT_NAMES)
 
 
 class _Keys(msgspec.Struct):
@@ -157,11 +157,10 @@ class AccountStore:
         """Make an account with fresh signing keys, if there is none of the name; with `limits`, set them.
 
         Raises:
-            UsageError: the name is none, or a limit is not known.
+            UsageError: the name is none, or a limit is not known or too low.
         """
         own = {} if limits is None else dict(limits)
-        if unknown := sorted(own.keys() - _LIMITS):
-            raise UsageError("limit", f"{unknown[0]!r} is not known", f"choose of {', '.join(sorted(_LIMITS))}")
+        check_limits(own)
         text = msgspec.json.encode(own).decode()
         try:
             async with self._db.transaction() as tx:
@@ -199,11 +198,11 @@ class AccountStore:
         """A fresh token, which nobody will see again.
 
         Raises:
-            ConflictError: the account has one of that name.
+            UsageError: the account has one of that name.
         """
         token = Secret(f"tly_{secrets.token_urlsafe(32)}")
         if await self._db.fetchval(_TOKEN_ADD, account, name, _hash(token.reveal()), is_read_only, False) is None:
-            raise ConflictError(f"NAME: token {name} exists already; revoke it first, or choose another name")
+            raise UsageError("NAME", f"token {name} exists already", "revoke it first, or choose another name")
         return token
 
     async def tokens(self, *, with_revoked: bool = False) -> list[TokenLine]:

@@ -18,6 +18,7 @@ _SLOT_OF_MESSAGE = query("causes_slot_of_message")
 _DELIVERIES = query("causes_deliveries")
 _JOBS = query("causes_jobs")
 _ATTEMPTS = query("causes_attempts")
+_MESSAGE = query("causes_message")
 _JOB_OF_SEQ = query("causes_job_of_seq")
 _READS = query("causes_reads")
 _BOOKINGS = query("causes_bookings")
@@ -166,6 +167,11 @@ class Causes:
         trace = await self._traced(tick, deliveries, rows, limit=limit, seq=seq)
         attempts = await self._db.fetch(_ATTEMPTS, job, ATTEMPTS_MAX)
         return replace(trace, attempts=tuple(TracedAttempt(**with_outcome(row)) for row in attempts))
+
+    async def trace_message(self, job: int, salt: int, *, limit: int) -> Trace | None:
+        """The job that delivers a message; None when none has this name."""
+        found = await self._db.fetchval(_MESSAGE, job, salt)
+        return None if found is None else await self.trace_job(job, limit=limit)
 
     async def trace_seq(self, seq: int, *, limit: int) -> Trace | None:
         """The read `seq`, from what it booked back to its cause; None when it booked nothing that is known."""

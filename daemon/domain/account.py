@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NewType
+
+from daemon.domain.errors import UsageError
 
 AccountId = NewType("AccountId", int)
 
@@ -33,6 +37,20 @@ class Limits:
     parallelism_max: int = 200
     parallelism: int | None = None
     dedup_s: int = 600
+
+
+LIMIT_NAMES = tuple(field.name for field in dataclasses.fields(Limits))
+_MAY_BE_NONE = frozenset({"delay_s", "retries", "schedules", "queues", "groups"})
+
+
+def check_limits(limits: Mapping[str, int]) -> None:
+    """Raises UsageError naming the first limit that is not known, or so low that nothing could be published."""
+    for name, value in limits.items():
+        if name not in LIMIT_NAMES:
+            raise UsageError("limit", f"{name!r} is not known", f"choose of {', '.join(sorted(LIMIT_NAMES))}")
+        least = 0 if name in _MAY_BE_NONE else 1
+        if value < least:
+            raise UsageError("limit", f"{name}={value} is too low", f"give at least {least}")
 
 
 @dataclass(frozen=True, slots=True)

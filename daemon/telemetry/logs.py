@@ -40,11 +40,13 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\beyJ[A-Za-z0-9_\-]+\.[A-Za-z0-9_\-]+\.[A-Za-z0-9_\-]*"), MASK),
     # Query strings and form bodies, signed URLs (X-Amz-Signature, sig, Signature) among them.
     (re.compile(rf"(?i)([?&;\s\"'](?:x-(?:amz|goog)-)?{_PARAMETER}=)[^&\s\"'<>#]+"), rf"\1{MASK}"),
-    # Headers and JSON fields that were printed: 'x-api-key': 'abc', "token": "abc", authorization: abc.
+    # Headers and JSON fields that were printed: 'x-api-key': 'abc', "token": "abc", authorization: abc. A sentence about
+    # a field (secret_key: a credential is sealed ...) begins with a word that is no secret, and goes on with another.
     (
         re.compile(
             r"(?i)([\"']?\b(?:authorization|x-api-key|api[_-]?key|cookie|password|secret[_-]?key|secret|token"
-            r"|credential|upstash-signature)\b[\"']?\s*[:=]\s*[\"']?)(?!bearer\b|basic\b|\*\*\*)[^\s\"',;}\]&]+"
+            r"|credential|upstash-signature)\b[\"']?\s*[:=]\s*[\"']?)(?!bearer\b|basic\b|\*\*\*"
+            r"|(?<=: )(?:(?:an?|the|is|not|no|holds|names|cannot) [a-z]|key \d+ is\b))[^\s\"',;}\]&]+"
         ),
         rf"\1{MASK}",
     ),

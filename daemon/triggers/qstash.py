@@ -310,7 +310,7 @@ async def set_up_schedule(settings: QStashSettings, cron: str, now: datetime, ke
         if not any(theirs.current in pair for pair in keys):
             raise PermanentError(
                 "QStash signs with keys that are not configured here; set QSTASH_CURRENT_SIGNING_KEY and "
-                "QSTASH_NEXT_SIGNING_KEY to those of its console"
+                "QSTASH_NEXT_SIGNING_KEY to those of its console, or of `tallyd keys show --reveal` where it is a tallyd"
             )
         known = {schedule.schedule_id for schedule in await ask(client.schedule.list())}
         await ask(

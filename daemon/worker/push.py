@@ -16,7 +16,6 @@ from time import perf_counter, time
 
 import anyio
 import structlog
-from prometheus_client import Counter
 
 from daemon.db.accounts import AccountStore
 from daemon.domain.duration import asked_wait_s, backoff_s
@@ -57,6 +56,8 @@ NOT_FORWARDED = frozenset(
 """They belong to the connection, not to the message."""
 
 log = structlog.get_logger()
+
+_pushes = cache(metrics.PUSHES.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +226,3 @@ def _tell(job: Job, load: Load, outcome: Outcome, attempted: Attempted, took_s: 
     if attempted.error is not None:
         fields["reason"] = attempted.error
     level("push.attempted", **fields, duration_s=round(took_s, 3))
-
-
-@cache
-def _pushes(ended: str) -> Counter:
-    return metrics.PUSHES.labels(ended)

@@ -1,5 +1,6 @@
 """The commands for accounts, messages, schedules, groups and their dead letters: what a script may rely on."""
 
+import json
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,12 +17,12 @@ from daemon.domain.account import Limits
 from daemon.domain.job import JobId, NewJob
 from daemon.queue.burial import bury
 from daemon.queue.groups import Endpoint, Groups
-from daemon.queue.message import MessageId, Spec
+from daemon.queue.message import Callback, MessageId, Spec
 from daemon.queue.messages import Messages
 from daemon.queue.postgres import PostgresQueue
 from daemon.queue.schedules import Schedules
 from tests.integration.test_cli import KEY, NEXT, Tallyd, tallyd
-from tests.message_kit import URL, Post
+from tests.message_kit import Post
 
 __all__ = ["tallyd"]
 
@@ -62,7 +63,7 @@ def test_token_is_shown_once(tallyd: Tallyd) -> None:
     assert len(plain.out.splitlines()) == 1, "a script takes the output as the token"
     assert "not shown again" in plain.err
     again = tallyd("tokens", "add", "app")
-    assert (again.code, again.out) == (1, "")
+    assert (again.code, again.out) == (2, "")
     assert again.err == "error: NAME: token app exists already; revoke it first, or choose another name\n"
     listed = tallyd("tokens", "list", "--json")
     assert [(row["account"], row["name"], row["read_only"]) for row in listed.json] == [
@@ -94,7 +95,7 @@ def test_limits_are_set_with_a_token(tallyd: Tallyd) -> None:
     }
     tallyd("tokens", "add", "three", "--limit", "retries=7")
     assert tallyd("tokens", "list", "--json").json[0]["limits"] == {"retries": 7}
-    for wrong in ("colour=1", "retries", "retries=-1", "retries=x", "parallelism=0", "queues=1e3"):
+    for wrong in ("colour=1", "retries", "retries=-1", "retries=x", "parallelism=0", "queues=1e3", "message_bytes=0"):
         refused = tallyd("tokens", "add", "four", "--limit", wrong)
         assert (refused.code, refused.out) == (2, ""), wrong
         assert refused.err.startswith("error: --limit: "), wrong
@@ -102,6 +103,18 @@ def test_limits_are_set_with_a_token(tallyd: Tallyd) -> None:
     assert tallyd("tokens", "add", "x", "--account", "no spaces").err.startswith("error: --account: 'no spaces' is no")
     assert tallyd("tokens", "add", "").err.startswith("error: NAME: '' is no name; ")
     assert "no spaces" not in tallyd("tokens", "list").out
+
+
+def test_limits_that_change_are_told(tallyd: Tallyd) -> None:
+    """Others' tokens have them too, and what is not given again is gone."""
+    first = tallyd("tokens", "add", "one", "--limit", "parallelism=3", "--limit", "retries=0")
+    assert first.err.endswith("\nAccount default now has the limits parallelism=3, retries=0.\n")
+    assert "now has" not in tallyd("tokens", "add", "two").err
+    assert "now has" not in tallyd("tokens", "add", "three", "--limit", "retries=0", "--limit", "parallelism=3").err
+    last = tallyd("tokens", "add", "four", "--limit", "retries=7", "--json")
+    assert last.err == "Account default now has the limits retries=7, not retries=0, parallelism=3.\n"
+    assert "now has" not in tallyd("tokens", "add", "four", "--limit", "retries=9").err, "the name is taken"
+    assert tallyd("tokens", "list", "--json").json[0]["limits"] == {"retries": 7}
 
 
 def test_keys_are_masked_and_rotate(tallyd: Tallyd) -> None:
@@ -120,6 +133,9 @@ def test_keys_are_masked_and_rotate(tallyd: Tallyd) -> None:
     assert after["current"] == before["next"]
     assert after["next"] not in before.values()
     assert "sig_" not in tallyd("keys", "show").out
+    assert tallyd("keys", "show", "--reveal").out == (
+        f"export QSTASH_CURRENT_SIGNING_KEY={after['current']}\nexport QSTASH_NEXT_SIGNING_KEY={after['next']}\n"
+    )
     replaced = tallyd("keys", "rotate", "--both", "--reveal", "--json")
     assert replaced.json["current"] not in (*before.values(), *after.values())
     assert "refuse every message" in replaced.err
@@ -209,8 +225,28 @@ def test_messages_are_cancelled_by_their_ids(tallyd: Tallyd, within: Act) -> Non
     assert done.json == {"cancelled": 1, "missing": [stranger], "dry_run": False}
     assert [row["id"] for row in tallyd("queue", "messages", "--json").json] == [two, stranger]
     assert tallyd("queue", "cancel", one).code == 2
-    assert tallyd("queue", "cancel", "7").err.startswith("error: MSG_ID: '7' is no id of a message")
+    assert tallyd("queue", "cancel", two, "7").err.startswith("error: MSG_ID: '7' is no id of a message")
+    assert [row["id"] for row in tallyd("queue", "messages", "--json").json] == [two, stranger]
     assert tallyd("queue", "cancel").code == 2
+
+
+def test_message_is_traced_by_its_id(tallyd: Tallyd, within: Act) -> None:
+    """It is all that a publisher knows of it."""
+
+    async def publish(post: Post) -> list[MessageId]:
+        done = await post.send()
+        await post.deliver()
+        return [done, *await post.publish(*[post.publication(queue="orders") for _ in range(2)])]
+
+    done, ready, held = within(publish)
+    traced = tallyd("trace", str(done), "--json").json
+    assert [(job["id"], job["kind"], job["state"]) for job in traced["jobs"]] == [(done.job, "push", "completed")]
+    assert [(attempt["attempt"], attempt["outcome"]) for attempt in traced["attempts"]] == [(1, "done")]
+    assert "a message" in tallyd("trace", str(done)).out
+    states = [tallyd("trace", str(id_), "--json").json["jobs"][0]["state"] for id_ in (ready, held)]
+    assert states == ["available", "pending"]
+    guessed = tallyd("trace", str(MessageId(done.job, done.salt ^ 1)))
+    assert (guessed.code, guessed.out) == (2, "")
 
 
 # ── Schedules ───────────────────────────────────────────────────────────────────────────────────
@@ -222,9 +258,9 @@ def test_schedules_are_seen_and_stopped(tallyd: Tallyd, within: Act) -> None:
             return Limits()
 
         schedules = Schedules(post.db, post.queue, post.messages, limits)
-        return await schedules.put(
-            post.account, "nightly", "0 3 * * *", URL, Spec(header={"Authorization": ["secret"]}), Limits(), body=b"xyz"
-        )
+        spec = Spec(header={"Authorization": ["secret"]}, callback=Callback("http://u:secret@b.example/?key=secret"))
+        url = "https://me:secret@example.com/hook?token=secret&x=1"
+        return await schedules.put(post.account, "nightly", "0 3 * * *", url, spec, Limits(), body=b"xyz")
 
     within(put)
     listed = tallyd("schedules", "list", "--json").json
@@ -232,10 +268,14 @@ def test_schedules_are_seen_and_stopped(tallyd: Tallyd, within: Act) -> None:
         "account", "id", "cron", "destination", "queue", "paused", "created_at", "next_at", "last_at", "error",
     }  # fmt: skip
     assert [(row["account"], row["id"], row["paused"]) for row in listed] == [("default", "nightly", False)]
+    assert listed[0]["destination"] == "https://me:***@example.com/hook?token=***&x=1"
+    assert "secret" not in tallyd("schedules", "list").out
     shown = tallyd("schedules", "show", "nightly", "--json")
     assert (shown.json["cron"], shown.json["body_bytes"], shown.json["last_messages"]) == ("0 3 * * *", 3, {})
+    assert shown.json["callback"] == "http://u:***@b.example/?key=***"
     assert "secret" not in shown.out
-    assert tallyd("schedules", "show", "nightly").code == 0
+    told = tallyd("schedules", "show", "nightly")
+    assert (told.code, "secret" in told.out) == (0, False)
     assert tallyd("schedules", "pause", "nightly", "--json").json["state"] == "paused"
     assert tallyd("schedules", "list", "--json").json[0]["next_at"] is None
     assert tallyd("schedules", "resume", "nightly", "--json").json["state"] == "active"
@@ -284,7 +324,7 @@ def test_dead_endpoints_are_named(tallyd: Tallyd, within: Act, receiver: str, mo
         nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/x"
     endpoints = [
         Endpoint(f"{receiver}/ok", "good"), Endpoint(f"{receiver}/post-only"), Endpoint(f"{receiver}/gone"),
-        Endpoint(nobody),
+        Endpoint(nobody.replace("://", "://me:secret@")),
     ]  # fmt: skip
 
     async def fill(post: Post) -> None:
@@ -322,6 +362,9 @@ def test_dead_endpoints_are_named(tallyd: Tallyd, within: Act, receiver: str, mo
     ]
     assert sorted(Handler.asked) == [("OPTIONS", path) for path in ("/gone", "/ok", "/post-only")]
     assert "refused" in audited.json[3]["problem"]
+    assert audited.json[3]["url"] == nobody.replace("://", "://me:***@")
+    for words in (["audit"], ["audit", "--json"], ["show", "all"], ["show", "all", "--json"]):
+        assert "secret" not in tallyd("groups", *words).out, words
     good = tallyd("groups", "audit", "good")
     assert good.code == 0
     assert "DEAD" in tallyd("groups", "audit").out
@@ -335,7 +378,8 @@ def test_dead_message_from_list_to_replay(tallyd: Tallyd, within: Act) -> None:
     """A replay is a new message, for a receiver that remembers ids would take the old one for a copy."""
 
     async def die(post: Post) -> MessageId:
-        id_ = await post.send("https://example.com/x?y=1", Spec(redact="body"), body=b"secret")
+        url = "https://me:secret@example.com/x?y=1&api_key=secret"
+        id_ = await post.send(url, Spec(redact="body"), body=b"secret")
         await post.kill()
         return id_
 
@@ -348,17 +392,19 @@ def test_dead_message_from_list_to_replay(tallyd: Tallyd, within: Act) -> None:
     job = within(bury_a_job)[0]
     listed = tallyd("dlq", "list", "--json").json
     assert [(row["id"], row["kind"], row["message_id"], row["url"], row["account"]) for row in listed] == [
-        (dead.job, "push", str(dead), "https://example.com/x?y=1", "default"),
+        (dead.job, "push", str(dead), "https://me:***@example.com/x?y=1&api_key=***", "default"),
         (job, "poll_one", None, None, None),
     ]
-    assert "https://example.com/x" in tallyd("dlq", "list").out
+    told = tallyd("dlq", "list").out
+    assert ("https://me:***@example.com/x" in told, "secret" in told) == (True, False)
     shown = tallyd("dlq", "show", str(dead.job), "--json")
-    assert (shown.json["url"], shown.json["message_id"]) == ("https://example.com/x?y=1", str(dead))
+    assert (shown.json["url"], shown.json["message_id"]) == (listed[0]["url"], str(dead))
     assert (shown.json["response_status"], shown.json["response_body"]) == (500, "no")
     assert "new" in shown.json["replay"] or "anew" in shown.json["replay"]
     assert "secret" not in shown.out
     assert tallyd("dlq", "show", shown.json["dlq_id"], "--json").json["id"] == dead.job
-    assert tallyd("dlq", "show", str(dead.job)).code == 0
+    told = tallyd("dlq", "show", str(dead.job))
+    assert (told.code, "secret" in told.out) == (0, False)
 
     planned = tallyd("dlq", "replay", "--all", "--dry-run", "--json").json
     assert planned == {"replayed": [dead.job, job], "missing": [], "dry_run": True, "messages": {}}
@@ -381,9 +427,82 @@ def test_dead_message_is_dropped(tallyd: Tallyd, within: Act) -> None:
     one, two = within(die)
     dropped = tallyd("dlq", "drop", str(one.job), "--json")
     assert dropped.json == {"dropped": [one.job], "missing": [], "dry_run": False}
-    assert tallyd("dlq", "replay", str(one.job)).code == 2
+    gone = tallyd("dlq", "replay", f"1795718845920-{one.job}")
+    assert (gone.code, gone.err) == (
+        2,
+        f"error: ID: no dead letter 1795718845920-{one.job}; see `tallyd dlq list`\n",
+    )
     assert tallyd("dlq", "drop", "--all", "--json").json["dropped"] == [two.job]
     assert tallyd("dlq", "drop", "nonsense").err.startswith("error: ID: 'nonsense' is no id of a dead letter")
+
+
+# ── The schedule in QStash ──────────────────────────────────────────────────────────────────────
+
+
+class Cloud(BaseHTTPRequestHandler):
+    has_schedule: ClassVar[bool] = True
+    deleted: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        schedule = {
+            "scheduleId": "tallyd-poll", "cron": "*/5 * * * *", "createdAt": 1, "method": "POST", "retries": 3,
+            "destination": "http://tallyd.internal/api/poll/orchestrate", "isPaused": False,
+        }  # fmt: skip
+        keys = {"current": "sig_theirs", "next": "sig_theirs_too"}
+        self._answer([schedule] * self.has_schedule if self.path == "/v2/schedules" else keys)
+
+    def do_DELETE(self) -> None:
+        self.deleted.append(self.path)
+        self._answer(None)
+
+    def _answer(self, value: object) -> None:
+        body = b"" if value is None else json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Cloud]]:
+    Cloud.has_schedule = True
+    Cloud.deleted.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Cloud) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("QSTASH_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("QSTASH_TOKEN", "t")
+        monkeypatch.setenv("QSTASH_CURRENT_SIGNING_KEY", "sig_ours")
+        monkeypatch.setenv("QSTASH_NEXT_SIGNING_KEY", "sig_ours_too")
+        monkeypatch.setenv("TALLYD_PUBLIC_URL", "http://tallyd.internal")
+        yield Cloud
+        server.shutdown()
+        thread.join()
+
+
+def test_removal_of_the_schedule_is_looked_up_first(tallyd: Tallyd, cloud: type[Cloud]) -> None:
+    planned = tallyd("qstash", "remove", "--dry-run")
+    assert (planned.code, planned.out) == (
+        0,
+        "schedule tallyd-poll (*/5 * * * *, http://tallyd.internal/api/poll/orchestrate) would be removed\n",
+    )
+    answer = {"schedule_id": "tallyd-poll", "removed": False, "dry_run": True, "found": True}
+    assert tallyd("qstash", "remove", "--dry-run", "--json").json == answer
+    assert cloud.deleted == []
+    assert tallyd("qstash", "remove", "--json").json == {**answer, "removed": True, "dry_run": False}
+    assert cloud.deleted == ["/v2/schedules/tallyd-poll"]
+    cloud.has_schedule = False
+    assert "nothing would be removed" in tallyd("qstash", "remove", "--dry-run").out
+
+
+def test_set_up_with_other_keys_says_where_the_right_ones_are(tallyd: Tallyd, cloud: type[Cloud]) -> None:
+    refused = tallyd("qstash", "setup")
+    assert refused.code == 1
+    assert "its console, or of `tallyd keys show --reveal`" in refused.err
 
 
 def test_an_empty_installation_has_nothing_to_list(tallyd: Tallyd) -> None:

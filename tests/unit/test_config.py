@@ -227,6 +227,7 @@ def test_regions_have_keys_of_their_own() -> None:
         ),
         ({"TALLYD_TICK_COMPLETE_RATIO": "2"}, "give a ratio from 0 to 1"),
         ({"TALLYD_QSTASH_CRON": "* * * *"}, "4 fields"),
+        ({"TALLYD_PUSH_ALLOW": ""}, "push_allow: is empty; unset it, or give a text"),
     ],
 )
 def test_half_a_service_configuration_is_named(env: dict[str, str], says: str) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import yaml
 
 from daemon import config
 from daemon.cli.main import app
+from daemon.domain import network
 from daemon.worker.loop import FAREWELL_S
 
 ROOT = Path(__file__).parents[2]
@@ -362,7 +364,12 @@ def test_kustomization_names_every_file_beside_it(path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-@pytest.mark.parametrize("components", [[], ["keda"], ["qstash"], ["keda", "qstash"]], ids="+".join)
+@pytest.mark.parametrize(
+    "components",
+    [[], ["keda"], ["qstash"], ["keda", "qstash"], ["messages"], ["messages", "publish"],
+     ["keda", "qstash", "messages", "publish"]],
+    ids="+".join,
+)  # fmt: skip
 def test_kustomize_builds_the_daemon_with_any_components(components, tmp_path) -> None:
     shutil.copytree(KUBERNETES, tmp_path / "base")
     overlay = {"resources": ["base"], "components": [f"base/{name}" for name in components]}
@@ -375,6 +382,48 @@ def test_kustomize_builds_the_daemon_with_any_components(components, tmp_path) -
     for document in (document for document in built if document["kind"] == "Deployment"):
         port = "private" if "qstash" in components else "http"
         assert container(document)["readinessProbe"]["httpGet"]["port"] == port
+
+
+def test_messages_leave_only_where_the_component_lets_them() -> None:
+    policies = {m["metadata"]["name"]: m["spec"] for m in manifests("NetworkPolicy")}
+    base, messages = policies["tallyd"], policies["tallyd-messages"]
+    assert messages["podSelector"] == base["podSelector"], "workers deliver too"
+    assert {port["port"] for rule in base["egress"] for port in rule["ports"]} == {53, 5432, 443}
+    public, cluster = messages["egress"]
+    assert "ports" not in public | cluster, "receivers have any port"
+    closed = [ip_network(block) for peer in public["to"] for block in peer["ipBlock"]["except"]]
+    private = {network.METADATA, network.PRIVATE, network.SHARED, network.LINK_LOCAL}
+    for block in (ip_network(block) for block, kind in network._SPECIAL if kind in private):
+        assert any(block.version == other.version and block.subnet_of(other) for other in closed), block
+    [peer] = cluster["to"]
+    assert peer["namespaceSelector"]["matchLabels"], "an empty selector would be all namespaces"
+
+
+def test_ingresses_share_a_host_and_lead_to_the_service_by_the_paths_that_are_meant_for_it() -> None:
+    [service] = manifests("Service")
+    paths = {}
+    for ingress in manifests("Ingress"):
+        [rule] = ingress["spec"]["rules"]
+        [tls] = ingress["spec"]["tls"]
+        assert tls["hosts"] == [rule["host"]] == ["tallyd.example"]
+        [path] = rule["http"]["paths"]
+        paths[ingress["metadata"]["name"]] = path["path"]
+        backend = path["backend"]["service"]
+        assert backend["name"] == service["metadata"]["name"]
+        assert backend["port"]["name"] in {port["name"] for port in service["spec"]["ports"]}
+    assert paths == {"tallyd": "/api/", "tallyd-v2": "/v2/"}
+
+
+def test_memory_limits_hold_what_the_settings_let_a_process_hold() -> None:
+    """Beyond that the kernel kills it, in the midst of deliveries."""
+    at_rest, deliveries, incoming = 100 << 20, 2 * DEFAULTS["push_bytes_max"], DEFAULTS["v2_bytes_max"]
+    units = {"Gi": 1 << 30, "Mi": 1 << 20, "g": 1 << 30, "m": 1 << 20}
+    limits = {titled(m): container(m)["resources"]["limits"]["memory"] for m in manifests("Deployment")}
+    limits["compose"] = COMPOSE["services"]["tallyd"]["mem_limit"]
+    for where, limit in limits.items():
+        number, letters = re.fullmatch(r"(\d+)(\w+)", limit).groups()  # type: ignore[union-attr]  # None fails the test
+        assert int(number) * units[letters] > 1.25 * (at_rest + deliveries + incoming), where
+    assert not any("MemoryMax" in unit(path) for path in UNITS)
 
 
 # ── Workers by the depth of the queue ───────────────────────────────────────────────────────────

@@ -26,11 +26,13 @@ named as (
   select i.id from ids i
   where exists (select from job where id = i.id) or exists (select from batch_summary where job_id = i.id)
     or exists (select from booking where job_id = i.id) or exists (select from handover where job_id = i.id)
-    or exists (select from attempt where id = i.id)),
+    or exists (select from attempt where id = i.id) or exists (select from message where id = i.id)),
 chosen as materialized (select id, count(*) over () as total from named order by id limit $5)
-select c.total, c.id, coalesce(j.kind, b.kind) as kind, coalesce(
+select c.total, c.id, coalesce(j.kind, b.kind, case when m.id is not null then 'push' end) as kind,
+  coalesce(
     case when exists (select from ready where id = c.id) then 'available' end,
     (select case when attempt = 0 then 'scheduled' else 'retryable' end from due where id = c.id),
+    case when exists (select from held where id = c.id) then 'pending' end,
     case when exists (select from lease where id = c.id) then 'running' end,
     case when exists (select from dead where id = c.id) then 'discarded' end,
     case (select outcome from attempt where id = c.id order by at desc limit 1)
@@ -41,10 +43,14 @@ select c.total, c.id, coalesce(j.kind, b.kind) as kind, coalesce(
   h.place, h.message_id, h.published_at, h.released_at, h.released_by, h.reported_at, h.reported_status
 from chosen c left join job j using (id) left join batch_summary b on b.job_id = c.id
 left join handover h on h.job_id = c.id
+left join message m on m.id = c.id
 order by c.id
 
 -- name: causes_attempts
 select at, attempt, outcome, worker, took_ms, left(note, 500) as note from attempt where id = $1 order by at desc limit $2
+
+-- name: causes_message
+select id from message where id = $1 and salt = $2
 
 -- name: causes_job_of_seq
 select job_id from booking where poll_seq = $1

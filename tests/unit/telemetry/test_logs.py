@@ -52,6 +52,11 @@ def out() -> Iterator[io.StringIO]:
         f"postgresql://me:{SECRET}@db.example/x",
         f"http://user:{SECRET}@proxy:3128",
         f"Upstash-Signature: {SECRET}",
+        f"secret_key: {SECRET} is refused",
+        f"secret_key: a{SECRET} is refused",
+        f"password: not-{SECRET} is refused",
+        f"secret_key=the{SECRET}",
+        f"{{'token': 'an+{SECRET}'}}",
         f"eyJhbGciOiJIUzI1NiJ9.eyJ{SECRET}.c2ln{SECRET}",
     ],
 )
@@ -69,6 +74,10 @@ def test_secret_is_taken_out_of_text(text: str) -> None:
         "https://api.openai.com/v1/organization/costs?start_time=1&limit=7&page=page_AAAA",
         "task-force risk-averse disk-full",
         "token limit reached",
+        "secret_key: a credential is sealed under key be5a6ecf, which is not given; add that key back",
+        "secret_key: not set, and a database of your own needs one",
+        "secret_key: key 1 is no base64; make one with `tallyd config new-key`",
+        "credential: is empty; give the key",
     ],
 )
 def test_harmless_text_stays(text: str) -> None:
