@@ -16,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import pytest
 import structlog
+from hypothesis import settings
 
 from daemon.db.embedded import Cluster
 from daemon.db.migrate import migrate
@@ -27,6 +28,10 @@ FAST = {
 }  # fmt: skip
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES_MIN = 4 << 30
+
+
+settings.register_profile("untimed", deadline=None)  # how fast an example runs says more about the machine
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

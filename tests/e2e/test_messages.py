@@ -19,7 +19,7 @@ from tests.push_kit import Endpoint, Reply, open_endpoint
 
 pytestmark = pytest.mark.anyio
 
-MESSAGES = int(os.environ.get("TALLYD_TEST_CHAOS_MESSAGES", "1000"))
+MESSAGES = int(os.environ.get("TALLYD_TEST_CHAOS_MESSAGES", "600"))
 BATCH = 100
 KILLS = 3
 
