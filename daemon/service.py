@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import structlog
+from anyio.abc import TaskStatus
 
 from daemon import __version__, orchestrate
 from daemon.app import App, days, open_app, qstash_settings, tick_settings
@@ -137,7 +138,7 @@ class _Service:
     async def run(self) -> None:
         app, settings = self._app, self._settings
         async with anyio.create_task_group() as services:
-            services.start_soon(self._obey_signals)
+            await services.start(self._obey_signals)  # whoever is told that we are ready may end us at once
             services.start_soon(self._tell_manager)
             for listener in self._listeners.values():
                 services.start_soon(listener.run)
@@ -284,9 +285,10 @@ class _Service:
             await self._stopping.wait()
             group.cancel_scope.cancel()
 
-    async def _obey_signals(self) -> None:
+    async def _obey_signals(self, *, task_status: TaskStatus[None]) -> None:
         """The first SIGTERM or SIGINT drains, the second one ends the process now: leases make that safe."""
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
             async for number in signals:
                 if self._stopping.is_set():
                     log.warning("daemon.forced", signal=signal.Signals(number).name)
