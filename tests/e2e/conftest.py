@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.e2e)
-            item.add_marker(pytest.mark.timeout(int(os.environ.get("TALLYD_TEST_E2E_TIMEOUT", "120"))))
+            item.add_marker(pytest.mark.timeout(int(os.environ.get("TALLYD_TEST_E2E_TIMEOUT", "180"))))
 
 
 class Result(NamedTuple):
