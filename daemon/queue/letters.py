@@ -224,8 +224,7 @@ class Letters:
         return made, gates
 
     async def _begin(self, gates: set[int]) -> None:
-        if gates:
-            await self._queue.gates.open_up(gates)
+        await self._queue.open_up(gates)
         self._queue.waker.wake()
 
 

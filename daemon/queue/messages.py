@@ -45,7 +45,7 @@ from daemon.queue.message import (
     message_of,
     new_salt,
 )
-from daemon.queue.postgres import Ending, PostgresQueue, backoff_s, deduplicate
+from daemon.queue.postgres import Columns, PostgresQueue, deduplicate
 
 TIMEOUT_MARGIN_S = 60.0
 """A job outlives its attempt, so that it is the attempt that ends with a time-out, and tells so."""
@@ -57,14 +57,12 @@ UNMOURNED_S = 3.0
 UNREAD_SNOOZE_S = 30.0
 UNLIMITED = Limits()
 """What callbacks ask for was checked with their message."""
-ROUND_MAX = 200
 
 _RESERVE = query("queue_reserve")
 _INSERT = query("message_insert")
 _NAMES = query("message_names")
 _LOAD = query("message_load")
 _BODY = query("message_body")
-_SETTLE = query("message_settle")
 _EVENTS = query("event_insert")
 _SHARE = query("slot_share")
 _UNMOURNED = query("message_unmourned")
@@ -156,7 +154,7 @@ class Messages:
         else:
             async with self._db.transaction() as tx:
                 published, gates = await self.publish_in(tx, calls)
-            await self._queue.gates.open_up(gates)
+            await self._queue.open_up(gates)
         self._queue.waker.wake()
         return published
 
@@ -271,18 +269,14 @@ class Messages:
     async def _settle_together(self, ends: Sequence[Ended], *, with_reports: bool = True) -> set[JobId]:
         has_reports = False
         if with_reports and any(_may_report(end) for end in ends):
-            rows, has_reports = await self._settle_and_report(ends)
+            accepted, has_reports = await self._settle_and_report(ends)
         else:  # one statement is a transaction too, for one way there and back in place of six
-            rows = await self._db.fetch(_SETTLE, *_endings(ends))
-        accepted = _ids(rows)
-        gates = {gate for row in rows for gate in row["gates"]}
-        if gates:
-            await self._queue.gates.open_up(gates)
-        if gates or has_reports or any(isinstance(e.outcome, Retryable) for e in ends if e.job.id in accepted):
+            accepted = await self._queue.settle(*_endings(ends))
+        if has_reports or any(isinstance(e.outcome, Retryable) for e in ends if e.job.id in accepted):
             self._queue.waker.wake()
         return accepted
 
-    async def _settle_and_report(self, ends: Sequence[Ended]) -> tuple[list[Record], bool]:
+    async def _settle_and_report(self, ends: Sequence[Ended]) -> tuple[set[JobId], bool]:
         async with self._db.transaction() as tx:
             accepted = await self._queue.lock_leases(tx, [end.job for end in ends])
             ours = [end for end in ends if end.job.id in accepted]
@@ -297,8 +291,9 @@ class Messages:
                 )
             ]  # fmt: skip
             await self._report(tx, reports)
-            rows = await tx.fetch(_SETTLE, *_endings(ours))
-        return rows, bool(reports)
+            settled = await self._queue.settle_many_in(tx, *_endings(ours))
+        await self._queue.open_up(settled.gates)
+        return settled.jobs, bool(reports)
 
     async def _report(self, tx: Session, reports: Sequence[Publication]) -> None:
         if not reports:
@@ -467,33 +462,13 @@ def _may_report(end: Ended) -> bool:
     return message.source is None and (message.spec.callback or message.spec.failure_callback) is not None
 
 
-def _endings(ends: Sequence[Ended]) -> tuple[list[object], ...]:
-    """The arguments of `message_settle`."""
-    endings = [_ending(end) for end in ends]
-    return (
-        [end.job.id for end in ends],
-        [end.job.token for end in ends],
-        [ending for ending, _, _ in endings],
-        [end.took_ms for end in ends],
-        [delay_s for _, delay_s, _ in endings],
-        [None if note is None else storable(note) for _, _, note in endings],
-        *_columns([event for end in ends for event in _events(end)]),
-    )
+def _endings(ends: Sequence[Ended]) -> tuple[list[Settlement], Columns]:
+    """What the queue needs to settle them."""
+    settlements = [Settlement(end.job, end.outcome, end.took_ms) for end in ends]
+    return settlements, _columns([event for end in ends for event in _events(end)])
 
 
-def _ending(end: Ended) -> tuple[Ending, float, str | None]:
-    match end.outcome:
-        case Completed():
-            return Ending.DONE, 0.0, None
-        case Retryable(reason, delay_s) if not _is_dead(end):
-            return Ending.RETRY, backoff_s(end.job.attempt) if delay_s is None else max(0.0, delay_s), reason
-        case Retryable(reason) | Discarded(reason):
-            return Ending.DEAD, 0.0, reason
-        case outcome:
-            raise AssertionError(f"no attempt ends as {outcome}")
-
-
-def _columns(events: Sequence[_Event]) -> tuple[list[object], ...]:
+def _columns(events: Sequence[_Event]) -> Columns:
     return (
         [event.account for event in events],
         [event.message for event in events],
@@ -505,10 +480,6 @@ def _columns(events: Sequence[_Event]) -> tuple[list[object], ...]:
         [None if event.header is None else event.header.replace("\\u0000", "\\ufffd") for event in events],
         [event.body for event in events],
     )
-
-
-def _ids(rows: Iterable[Record]) -> set[JobId]:
-    return {JobId(row["id"]) for row in rows}
 
 
 async def _tell(tx: Session, events: Sequence[_Event]) -> None:

@@ -90,7 +90,7 @@ class Pending:
             rows = await tx.fetch(_OF_QUEUE, jobs, account, name)
             ids = [MessageId(JobId(row["id"]), row["salt"]) for row in rows]
             cancelled, gates = await self._cancel_in(tx, account, ids)
-        await self._begin(gates)
+        await self._queue.open_up(gates)
         return cancelled
 
     async def _cancel(self, account: AccountId, ids: list[MessageId]) -> int:
@@ -98,7 +98,7 @@ class Pending:
             return 0
         async with self._db.transaction() as tx:
             cancelled, gates = await self._cancel_in(tx, account, ids)
-        await self._begin(gates)
+        await self._queue.open_up(gates)
         return cancelled
 
     async def _cancel_in(self, tx: Session, account: AccountId, ids: list[MessageId]) -> tuple[int, set[int]]:
@@ -120,8 +120,3 @@ class Pending:
         if cancelled:
             await tx.execute(_LOG, sorted(cancelled))
         return len(cancelled), gates
-
-    async def _begin(self, gates: set[int]) -> None:
-        if gates:
-            await self._queue.gates.open_up(gates)
-            self._queue.waker.wake()

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from time import monotonic
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 from daemon.db.pool import Database, Executor, Record, Session, query
 from daemon.db.text import storable
@@ -121,6 +121,18 @@ class Rescue:
     dead: list[JobId]
 
 
+Columns = Sequence[Sequence[object]]
+"""The arguments of a statement that takes arrays."""
+NOTHING_TOLD: Columns = ((),) * 9
+
+
+class Settled(NamedTuple):
+    """The jobs whose end was written, and the gates at which they gave back a place."""
+
+    jobs: set[JobId]
+    gates: set[int]
+
+
 class PostgresQueue:
     """Safe to share between tasks. Everything raises StorageUnavailableError when Postgres is away."""
 
@@ -210,13 +222,21 @@ class PostgresQueue:
                     return ClaimResult(jobs, FIRST_KEY if is_at_end else cursor, is_held_back)
         return ClaimResult([], FIRST_KEY, is_held_back)
 
-    async def settle(self, settlements: Iterable[Settlement]) -> set[JobId]:
-        """Write how jobs ended. Returns those whose lease was still ours; of the others nothing was written."""
-        return await _settle(self._db, settlements)
+    async def settle(self, settlements: Iterable[Settlement], told: Columns = NOTHING_TOLD) -> set[JobId]:
+        """Write how jobs ended. Returns those whose lease was still ours; of the others nothing was written.
 
-    async def settle_many_in(self, tx: Session, settlements: Iterable[Settlement]) -> set[JobId]:
-        """The same, in the caller's transaction."""
-        return await _settle(tx, settlements)
+        Args:
+            told: lines for the log of messages, as the columns of `event_insert`.
+        """
+        settled = await _settle(self._db, settlements, told)
+        await self.open_up(settled.gates)
+        return settled.jobs
+
+    async def settle_many_in(
+        self, tx: Session, settlements: Iterable[Settlement], told: Columns = NOTHING_TOLD
+    ) -> Settled:
+        """The same in the caller's transaction, after which the gates are the caller's to open."""
+        return await _settle(tx, settlements, told)
 
     async def settle_in(self, tx: Session, settlement: Settlement) -> None:
         """Settle one job together with its data.
@@ -224,7 +244,7 @@ class PostgresQueue:
         Raises:
             LeaseLostError: somebody else owns the job; roll back.
         """
-        if not await _settle(tx, [settlement]):
+        if not (await _settle(tx, [settlement])).jobs:
             raise LeaseLostError(f"job {settlement.job.id}: token {settlement.job.token} is stale")
 
     async def lock_lease(self, tx: Session, job: Job) -> None:
@@ -257,6 +277,12 @@ class PostgresQueue:
         if freed:
             self.waker.wake()
         return freed
+
+    async def open_up(self, gates: Collection[int]) -> None:
+        """Let pass at gates where there may be room since a commit, and wake those who wait for work."""
+        if gates:
+            await self.gates.open_up(gates)
+            self.waker.wake()
 
     # Moves on request
 
@@ -418,14 +444,14 @@ async def deduplicate(tx: Session, jobs: Sequence[NewJob]) -> list[tuple[JobId, 
     return result
 
 
-async def _settle(db: Executor, settlements: Iterable[Settlement]) -> set[JobId]:
+async def _settle(db: Executor, settlements: Iterable[Settlement], told: Columns = NOTHING_TOLD) -> Settled:
     # In the order of ids: two settles with jobs in common (a zombie's and the owner's) must not wait for each other.
     ordered = sorted(
         (s for s in settlements if not (isinstance(s.outcome, Completed) and s.outcome.is_settled)),
         key=lambda s: s.job.id,
     )
     if not ordered:
-        return set()
+        return Settled(set(), set())
     endings = [_ending(s.job, s.outcome) for s in ordered]
     delays = [delay_s for _, delay_s, _ in endings]
     notes = [note for _, _, note in endings]
@@ -437,8 +463,9 @@ async def _settle(db: Executor, settlements: Iterable[Settlement]) -> set[JobId]
         [s.took_ms for s in ordered],
         delays if any(delays) else [],
         notes if notes.count(None) < len(notes) else [],
+        *told,
     )
-    return _ids(rows)
+    return Settled(_ids(rows), {gate for row in rows for gate in row["gates"]})
 
 
 def _ending(job: Job, outcome: Outcome) -> tuple[Ending, float, str | None]:

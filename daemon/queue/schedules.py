@@ -242,8 +242,7 @@ class Schedules:
             )
         for firing in firings:
             _tell(firing)
-        if gates:
-            await self._queue.gates.open_up(gates)
+        await self._queue.open_up(gates)
         self._queue.waker.wake()
         return len(firings)
 

@@ -56,42 +56,6 @@ select * from m
 -- name: message_body
 select body from payload where id = $1
 
--- name: message_settle
--- `settle` for messages, with what there is to tell of each, in one statement: outcomes and notes as there, events from $7
--- on, of which those of a job that is not ours any more are left out. The answer names the gates where there is room now.
-with i as (
-  select * from unnest($1::bigint[], $2::bigint[], $3::smallint[], $4::int[], $5::float8[], $6::text[])
-    as i(id, token, outcome, took_ms, delay_s, note)),
-x as (
-  delete from lease l using i where l.id = i.id and l.token = i.token
-  returning l.id, l.token, l.attempt, l.worker, l.key_id, l.prio, i.outcome, i.took_ms, i.delay_s, i.note),
-g as (
-  insert into attempt (id, attempt, worker, outcome, took_ms, note)
-  select id, attempt, worker, outcome, took_ms, note from x),
-r as (
-  insert into due (run_at, key_id, prio, id, attempt, losses, token, gate_id)
-  select now() + make_interval(secs => delay_s), x.key_id, x.prio, x.id, x.attempt, 0, token, (
-    select g.id from unnest(j.gates) with ordinality as a(id, place) join gate g on g.id = a.id
-    where not exists (select from slot s where s.job_id = x.id and s.gate_id = g.id and s.is_kept)
-    order by place limit 1)
-  from x join job j on j.id = x.id where outcome = 2),
-t as (
-  delete from slot where job_id = any(array(select id from x))
-    and (not is_kept or job_id = any(array(select id from x where outcome <> 2)))
-  returning job_id, gate_id),
-z as (
-  insert into dead (id, attempt, token, reason) select id, attempt, token, coalesce(note, '') from x where outcome = 4),
-f as (delete from job where id = any(array(select id from x where outcome = 1))),
-e as (
-  insert into event (account_id, message_id, state, retried, next_at, status, error, response_header, response_body)
-  select account_id, message_id, state, retried, now() + make_interval(secs => next_s), status, error, header, body
-  from unnest($7::bigint[], $8::bigint[], $9::smallint[], $10::smallint[], $11::float8[], $12::int[], $13::text[],
-              $14::text[], $15::bytea[])
-    with ordinality as u(account_id, message_id, state, retried, next_s, status, error, header, body, place)
-  where message_id in (select id from x)
-  order by place)
-select id, array(select t.gate_id from t where t.job_id = x.id) as gates from x
-
 -- name: event_insert
 insert into event (account_id, message_id, state, retried, next_at, status, error, response_header, response_body)
 select account_id, message_id, state, retried, now() + make_interval(secs => next_s), status, error, header, body

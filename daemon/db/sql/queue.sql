@@ -126,7 +126,8 @@ update ready_floor set at = n.at from n where ready_floor.at <> n.at
 -- name: settle
 -- Outcomes: 1 done 2 retry 3 snooze 4 dead 5 cancelled. A finished job's row goes with its lease. A dead or cancelled
 -- job no longer holds what it had opened. An attempt that has ended counts at no gate, but a FIFO lane stays taken until
--- its job is done or dead. Delays and notes may be left out: `unnest` fills up with nulls.
+-- its job is done or dead. Delays and notes may be left out: `unnest` fills up with nulls. From $7 on: lines for the log of
+-- messages, of which those of a job that is not ours any more are left out. The answer names the gates with room now.
 with i as (
   select id, token, outcome, took_ms, coalesce(delay_s, 0) as delay_s, note
   from unnest($1::bigint[], $2::bigint[], $3::smallint[], $4::int[], $5::float8[], $6::text[])
@@ -146,14 +147,23 @@ r as (
   from x join job j on j.id = x.id where outcome in (2, 3)),
 t as (
   delete from slot where job_id = any(array(select id from x))
-    and (not is_kept or job_id = any(array(select id from x where outcome not in (2, 3))))),
+    and (not is_kept or job_id = any(array(select id from x where outcome not in (2, 3))))
+  returning job_id, gate_id),
 z as (
   insert into dead (id, attempt, token, reason) select id, attempt, token, coalesce(note, '') from x where outcome = 4),
 f as (delete from job where id = any(array(select id from x where outcome in (1, 5)))),
 c as (
   update connection set open_job = null where open_job = any(array(select id from x where outcome in (4, 5)))),
-s as (update stream set open_job = null where open_job = any(array(select id from x where outcome in (4, 5))))
-select id from x
+s as (update stream set open_job = null where open_job = any(array(select id from x where outcome in (4, 5)))),
+e as (
+  insert into event (account_id, message_id, state, retried, next_at, status, error, response_header, response_body)
+  select account_id, message_id, state, retried, now() + make_interval(secs => next_s), status, error, header, body
+  from unnest($7::bigint[], $8::bigint[], $9::smallint[], $10::smallint[], $11::float8[], $12::int[], $13::text[],
+              $14::text[], $15::bytea[])
+    with ordinality as u(account_id, message_id, state, retried, next_s, status, error, header, body, place)
+  where message_id in (select id from x)
+  order by place)
+select id, array(select t.gate_id from t where t.job_id = x.id) as gates from x
 
 -- name: lock_lease
 select 1 from lease where id = $1 and token = $2 for update
