@@ -125,7 +125,7 @@ class Mail:
     def publications(self, url: str, bodies: Sequence[bytes], **fields: Any) -> list[Publication]:
         """What is no field of a publication is one of its spec."""
         spec = Spec(header=HEADER, **{name: fields.pop(name) for name in [*fields] if name in Spec.__struct_fields__})
-        return [Publication(self.account, url, "127.0.0.1", spec, each, **fields) for each in bodies]
+        return [Publication(self.account, url, spec, each, **fields) for each in bodies]
 
     async def publish(self, publications: Sequence[Publication]) -> None:
         """In one transaction, so that workers see all of it at one moment, which is when this returns."""

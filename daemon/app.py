@@ -237,9 +237,9 @@ class App:
 
     @cached_property
     def pusher(self) -> Pusher:
-        from daemon.worker.push import Pusher, PushLimits  # noqa: PLC0415 - imports the client
+        from daemon.worker.push import Pusher  # noqa: PLC0415 - imports the client
 
-        return Pusher(self.messages, self.accounts, self.push_client, PushLimits(self.settings.push_bytes_max))
+        return Pusher(self.messages, self.accounts, self.push_client, self.settings.push_bytes_max)
 
     @cached_property
     def causes(self) -> Causes:

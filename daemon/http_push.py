@@ -19,7 +19,6 @@ import base64
 import functools
 import math
 import os
-import re
 import select
 import socket
 import ssl
@@ -35,6 +34,7 @@ import httptools
 
 from daemon.domain.destination import Destination, check_url
 from daemon.domain.errors import PermanentError, UpstreamUnavailableError
+from daemon.domain.headers import NO_VALUE, OF_CONNECTION, TOKEN
 from daemon.domain.network import Guard, literal_host
 
 CHECK_AGE_S_MAX = 30.0
@@ -58,24 +58,7 @@ STAGGER_S = 0.25
 
 _JOINED_BYTES_MAX = 65_536  # beyond this, copying a body behind its head costs more than a second write
 
-# The connection's own business, and what frames the body. `Expect` would hold the body back, and a `Host` among the
-# headers would let whoever publishes pick a virtual host that the guard has not seen. As in Go's client.
-_OURS = frozenset(
-    {
-        "connection",
-        "content-length",
-        "expect",
-        "host",
-        "keep-alive",
-        "proxy-connection",
-        "te",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
 _NO_BODY = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_NO_VALUE = re.compile("[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
 _NO_SUCH_HOST = frozenset(
     code for name in ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY") if (code := getattr(socket, name, None)) is not None
 )
@@ -87,7 +70,7 @@ Resolver = Callable[[str], Sequence[str]]
 class BlockedError(PermanentError):
     """No message may go there: the operator's guard forbids the address, or, when publishing, the host does not exist.
 
-    A delivery that meets it never left, and the endpoint is not to blame: no attempt, and nothing for its breaker.
+    A delivery that meets it never left, and no other try would.
     """
 
     def __init__(self, host: str, reason: str, problem: str) -> None:
@@ -563,15 +546,16 @@ def _basic(userinfo: str) -> str:
 
 def _head(route: _Route, request: PushRequest) -> bytes:
     """The request up to its body. Raises PermanentError for what no request can hold."""
-    if _TOKEN.fullmatch(request.method) is None or request.method == "CONNECT":
+    if TOKEN.fullmatch(request.method) is None or request.method == "CONNECT":
         raise PermanentError(f"{request.method[:20]!r} is no method that can be sent to a URL")
     lines = [f"{request.method} {route.target} HTTP/1.1\r\nHost: {route.authority}\r\n"]
     authorization = route.authorization
     for name, value in request.headers:
         lower = name.lower()
-        if lower in _OURS:
+        # With `Expect` the body would be held back, and a `Host` would pick a virtual host that the guard has not seen.
+        if lower in OF_CONNECTION:
             continue
-        if _TOKEN.fullmatch(name) is None or _NO_VALUE.search(value) is not None:
+        if TOKEN.fullmatch(name) is None or NO_VALUE.search(value) is not None:
             raise PermanentError(f"header {name[:100]!r} holds a character that no HTTP header can carry")
         if lower == "authorization":
             authorization = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from daemon.db.pool import Database
 from daemon.domain.account import AccountId, Limits
 from daemon.domain.job import Completed, Discarded, Job, Outcome, WorkerId
-from daemon.queue.message import Attempted, MessageId, Publication, Published, Spec, host_of
+from daemon.queue.message import Attempted, MessageId, Publication, Published, Spec
 from daemon.queue.messages import Ended, Messages
 from daemon.queue.postgres import PostgresQueue
 
@@ -38,7 +38,7 @@ class Post:
         return cls(db, queue, Messages(db, queue), await add_account(db, name), await queue.register_worker(), Limits())
 
     def publication(self, url: str = URL, spec: Spec | None = None, **fields) -> Publication:
-        return Publication(self.account, url, host_of(url), spec or Spec(), **fields)
+        return Publication(self.account, url, spec or Spec(), **fields)
 
     async def publish(self, *publications: Publication) -> list[MessageId]:
         [result] = await self.messages.publish([(self.limits, publications)])

@@ -169,7 +169,7 @@ class Pushing:
     def publication(self, url: str, body: bytes = b"{}", **fields: Any) -> Publication:
         """A message; what is no field of a publication is one of its spec."""
         spec = {name: fields.pop(name) for name in [*fields] if name in Spec.__struct_fields__}
-        return Publication(self.account, url, "127.0.0.1", Spec(**spec), body, **fields)
+        return Publication(self.account, url, Spec(**spec), body, **fields)
 
     def worker(self, pusher: Pusher | None = None) -> WorkerLoop:
         run = (pusher or Pusher(self.messages, self.accounts, self.client)).run

@@ -42,7 +42,6 @@ _TOKEN_ADD = query("token_add")
 _TOKEN_LIST = query("token_list")
 _TOKEN_REVOKE = query("token_revoke")
 _TOKEN_FIND = query("token_find")
-_TOKEN_COUNT = query("token_count")
 
 _LIMITS = frozenset(LIMIT_NAMES)
 
@@ -122,10 +121,6 @@ class AccountStore:
             self._callers.clear()
         self._callers[hash_] = (monotonic(), caller)
         return caller
-
-    async def has_tokens(self) -> bool:
-        """Whether anybody could be let in."""
-        return bool(await self._db.fetchval(_TOKEN_COUNT, self._lets_dev_in))
 
     async def limits_of(self, account: AccountId) -> Limits:
         """The limits of an account, known for 1 s."""

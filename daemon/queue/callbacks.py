@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
 from datetime import datetime
 
 import msgspec
 
 from daemon.domain.redaction import Redaction, parse_redaction
-from daemon.queue.message import Attempted, Callback, Headers, Message, Publication, Spec, dead_name, host_of
+from daemon.queue.message import Attempted, Callback, Headers, Message, Publication, Spec, dead_name, ms
 
 NOTHING = Redaction(body=False, all_headers=False, headers=frozenset())
 
@@ -68,8 +67,8 @@ def callbacks_of(
         url=message.url,
         method=spec.method,
         max_retries=spec.retries,
-        not_before=_ms(message.not_before),
-        created_at=_ms(message.created_at),
+        not_before=ms(message.not_before),
+        created_at=ms(message.created_at),
         header=attempted.header,
         body=_base64(attempted.body),
         retried=retried,
@@ -94,7 +93,6 @@ def _publication(message: Message, callback: Callback, body: bytes, timeout_s: i
     return Publication(
         message.account,
         callback.url,
-        host_of(callback.url),
         Spec(
             method=callback.method,
             header={"Content-Type": ["application/json"], **callback.header},
@@ -113,16 +111,3 @@ def _publication(message: Message, callback: Callback, body: bytes, timeout_s: i
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-def _ms(at: datetime) -> int:
-    return round(at.timestamp() * 1000)
-
-
-def joined(headers: Iterable[tuple[str, str]]) -> Headers:
-    """Names to their values, in the order of the first of each; names that differ only in case are one."""
-    names: dict[str, str] = {}
-    found: dict[str, list[str]] = {}
-    for name, value in headers:
-        found.setdefault(names.setdefault(name.lower(), name), []).append(value)
-    return found

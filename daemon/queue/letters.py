@@ -20,7 +20,6 @@ from daemon.queue.message import (
     Publication,
     Published,
     dead_name,
-    host_of,
     message_of,
     parse_dead_name,
 )
@@ -233,7 +232,6 @@ def _again(row: Record, changes: Mapping[str, object]) -> Publication:
     return Publication(
         message.account,
         message.url,
-        host_of(message.url),
         msgspec.structs.replace(message.spec, **changes),
         row["body"] or b"",
         not_before=None if "delay_s" in changes else 0.0,

@@ -87,7 +87,6 @@ class Publication:
 
     account: AccountId
     url: str
-    host: str
     spec: Spec
     body: bytes = b""
     body_of: int | None = None
@@ -188,9 +187,14 @@ def new_salt() -> int:
     return secrets.randbits(63)
 
 
+def ms(at: datetime) -> int:
+    """Unix milliseconds, as everything outside has them."""
+    return round(at.timestamp() * 1000)
+
+
 def dead_name(at: datetime, job: JobId) -> str:
     """How a dead letter is called outside: milliseconds of its death and its job."""
-    return f"{round(at.timestamp() * 1000)}-{job}"
+    return f"{ms(at)}-{job}"
 
 
 def parse_dead_name(text: str) -> JobId | None:

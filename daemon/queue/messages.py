@@ -42,6 +42,7 @@ from daemon.queue.message import (
     Publication,
     Published,
     authority_of,
+    host_of,
     message_of,
     new_salt,
 )
@@ -407,7 +408,7 @@ def _row(
     gate = {wish.kind: gates[GateKey(wish.account, wish.kind, wish.name)] for wish in _wishes(publication, limits)}
     return (
         job, account, salt, key_of(account, publication.url), spec.retries + 1,
-        (spec.timeout_s or limits.timeout_s) + TIMEOUT_MARGIN_S, publication.url, publication.host, spec.method,
+        (spec.timeout_s or limits.timeout_s) + TIMEOUT_MARGIN_S, publication.url, host_of(publication.url), spec.method,
         _encode(spec).decode(), payload, body, publication.not_before, float(spec.delay_s),
         gate.get("queue"), gate.get("flow"), gate.get("all"), publication.source, publication.queue,
         publication.schedule, publication.topic, ",".join(publication.labels) or None, publication.caller_ip,

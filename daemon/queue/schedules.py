@@ -26,7 +26,7 @@ from daemon.domain.errors import QuotaError, TransientError
 from daemon.domain.job import JobId
 from daemon.queue.cron import upcoming
 from daemon.queue.groups import Group, endpoints_of
-from daemon.queue.message import MessageId, Publication, Spec, host_of
+from daemon.queue.message import MessageId, Publication, Spec
 from daemon.queue.messages import Messages, State
 from daemon.queue.postgres import PostgresQueue
 
@@ -325,7 +325,6 @@ def _publication(row: Record, url: str, spec: Spec) -> Publication:
     return Publication(
         AccountId(row["account_id"]),
         url,
-        host_of(url),
         spec,
         row["body"],
         queue=row["queue"],

@@ -7,9 +7,8 @@ under way joins the next. An attempt whose end could not be written happens agai
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from time import perf_counter, time
@@ -28,10 +27,10 @@ from daemon.domain.errors import (
     UpstreamUnavailableError,
 )
 from daemon.domain.expression import parse_delay
+from daemon.domain.headers import joined
 from daemon.domain.job import Completed, Discarded, Job, Outcome, Retryable, Snoozed
 from daemon.http_push import PushClient, PushRequest, PushResponse
 from daemon.queue.budget import ByteBudget
-from daemon.queue.callbacks import joined
 from daemon.queue.gather import Gatherer
 from daemon.queue.message import Attempted
 from daemon.queue.messages import TIMEOUT_MARGIN_S, Ended, Load, Messages
@@ -40,7 +39,6 @@ from daemon.worker.signature import sign
 
 USER_AGENT = "Upstash-QStash"
 GIVE_UP = "upstash-nonretryable-error"
-GIVE_UP_STATUS = 489
 SETTLE_RETRY_S = (0.2, 5.0)
 UNSIGNED_SNOOZE_S = 30.0
 AWAY_SNOOZE_S = 5.0
@@ -49,28 +47,18 @@ ROOM_S = 20.0
 """How long a large body waits for room; of the margin that its job has."""
 CALLBACK_COPIES = 3
 """How much of a body a callback's JSON, and the statement that stores it, hold on top of it."""
-NOT_FORWARDED = frozenset(
-    {"host", "content-length", "transfer-encoding", "connection", "keep-alive", "proxy-connection", "te", "trailer",
-     "upgrade", "expect"}
-)  # fmt: skip
-"""They belong to the connection, not to the message."""
+BYTES_MAX = 128 << 20
 
 log = structlog.get_logger()
 
 _pushes = cache(metrics.PUSHES.labels)
 
 
-@dataclass(frozen=True, slots=True)
-class PushLimits:
-    """What the process may hold in memory of large bodies on their way, in bytes."""
-
-    bytes_max: int = 128 << 20
-
-
 class Pusher:
     """Runs `push` jobs.
 
     Args:
+        bytes_max: of large bodies on their way, in memory at once.
         clock: Unix seconds, for signatures and for dates that a response names.
     """
 
@@ -79,13 +67,13 @@ class Pusher:
         messages: Messages,
         accounts: AccountStore,
         client: PushClient,
-        limits: PushLimits | None = None,
+        bytes_max: int = BYTES_MAX,
         clock: Callable[[], float] = time,
     ) -> None:
         self._messages = messages
         self._accounts = accounts
         self._client = client
-        self._budget = ByteBudget((limits or PushLimits()).bytes_max)
+        self._budget = ByteBudget(bytes_max)
         self._clock = clock
         self._load: Callable[[Job], Awaitable[Load | None]] = Gatherer(messages.load)
         self._settle: Callable[[Ended], Awaitable[bool]] = Gatherer(messages.settle)
@@ -181,7 +169,9 @@ class Pusher:
 
 
 def headers_of(job: Job, load: Load, signature: str) -> list[tuple[str, str]]:
-    """What a delivery carries: what is forwarded, and what says whose message it is, which counts for more."""
+    """What a delivery carries: what is forwarded, and what says whose message it is, which counts for more. What belongs to
+    the connection is the client's to leave out.
+    """
     message = load.message
     ours = [
         ("Upstash-Message-Id", str(message.id)),
@@ -196,14 +186,14 @@ def headers_of(job: Job, load: Load, signature: str) -> list[tuple[str, str]]:
     ):
         if value:
             ours.append((name, value))
-    taken = NOT_FORWARDED | {name.lower() for name, _ in ours}
+    taken = {name.lower() for name, _ in ours}
     forwarded = [*_forwarded(message.spec.header.items(), taken)]
     if not any(name.lower() == "user-agent" for name, _ in forwarded):
         ours.insert(0, ("User-Agent", USER_AGENT))
     return [*forwarded, *ours]
 
 
-def _forwarded(headers: Iterable[tuple[str, Sequence[str]]], taken: frozenset[str]) -> Iterable[tuple[str, str]]:
+def _forwarded(headers: Iterable[tuple[str, Sequence[str]]], taken: Collection[str]) -> Iterable[tuple[str, str]]:
     for name, values in headers:
         if name.lower() not in taken:
             for value in values:

@@ -18,7 +18,7 @@ from daemon.domain.network import Guard
 from daemon.queue.message import Attempted, Callback, Spec, dead_name
 from daemon.queue.messages import Messages
 from daemon.queue.postgres import PostgresQueue
-from daemon.worker.push import Pusher, PushLimits
+from daemon.worker.push import Pusher
 from tests.books_kit import until
 from tests.message_kit import Post
 from tests.push_kit import Arrived, Endpoint, Pushing, Reply, open_endpoint, open_pushing
@@ -395,7 +395,7 @@ async def test_a_large_body_that_finds_no_room_spends_no_attempt(
         return Reply()
 
     endpoint.judge = judge
-    pusher = Pusher(pushing.messages, pushing.accounts, pushing.client, PushLimits(1 << 20))
+    pusher = Pusher(pushing.messages, pushing.accounts, pushing.client, 1 << 20)
     async with pushing.working(pushing.worker(pusher)):
         await pushing.publish(pushing.publication(f"{endpoint.url}/slow", b"x" * (1 << 20)))
         await endpoint.has(1)

@@ -51,6 +51,3 @@ where a.id = t.account_id and a.name = $1 and t.name = $2 and t.revoked_at is nu
 -- name: token_find
 select a.id, a.name, a.is_dev, a.limits, t.is_read_only
 from token t join account a on a.id = t.account_id where t.hash = $1 and t.revoked_at is null
-
--- name: token_count
-select count(*) from token t join account a on a.id = t.account_id where revoked_at is null and (not a.is_dev or $1)

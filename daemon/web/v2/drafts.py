@@ -16,8 +16,8 @@ from daemon.domain.duration import parse_duration
 from daemon.domain.errors import UsageError
 from daemon.domain.expression import parse_delay
 from daemon.domain.flow import FlowControl, parse_flow
+from daemon.domain.headers import NO_VALUE, OF_CONNECTION, TOKEN, joined
 from daemon.domain.redaction import parse_redaction
-from daemon.queue.callbacks import joined
 from daemon.queue.cron import check_cron
 from daemon.queue.message import Callback, Headers, Spec
 from daemon.web.v2.call import SETTING_PREFIX, TOKEN_PARAMETER
@@ -31,12 +31,7 @@ DEDUP_CHARS_MAX = 1_000
 FIELD_CHARS_MAX = 8_192
 
 _FORWARD = "upstash-forward-"
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
-_NO_VALUE = re.compile("[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
-_NOT_FORWARDED_WHOLE = frozenset(
-    {"authorization", "host", "content-length", "content-type", "connection", "keep-alive", "proxy-authorization",
-     "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
-)  # fmt: skip
+_NOT_FORWARDED_WHOLE = OF_CONNECTION | {"authorization", "content-type", "proxy-authorization"}
 _CALLBACK_SETTINGS = frozenset(
     {"method", "timeout", "retries", "retry-delay", "delay", "not-before", "label", "redact-fields", "deduplication-id",
      "content-based-deduplication", "flow-control-key", "flow-control-value", "forward-"}
@@ -214,9 +209,9 @@ def _header(given: _Given) -> Headers:
 def _checked_header(pairs: Iterable[tuple[str, str]], prefix: str) -> Headers:
     found: list[tuple[str, str]] = []
     for name, value in pairs:
-        if not _TOKEN.fullmatch(name):
+        if not TOKEN.fullmatch(name):
             raise UsageError(f"{prefix}{name[:80]}", "is no name of a header", "use letters, digits and dashes")
-        if _NO_VALUE.search(value):
+        if NO_VALUE.search(value):
             raise UsageError(f"{prefix}{spelled(name)}", "holds a line break or another control character", "remove it")
         found.append((spelled(name), value))
     return joined(found)

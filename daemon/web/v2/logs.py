@@ -6,10 +6,11 @@ import base64
 
 from daemon.domain.errors import UsageError
 from daemon.queue.logs import IN_PROGRESS, LogFilter, LogLine
+from daemon.queue.message import ms
 from daemon.queue.messages import State
 from daemon.web.v2.call import Answer, Call, NotFound
 from daemon.web.v2.filters import COMMON, PLACES, cursor_in, read_filter
-from daemon.web.v2.shapes import Shown, callback_header, flow_shown, labels_shown, ms, present, redaction_of
+from daemon.web.v2.shapes import Shown, callback_header, flow_shown, labels_shown, present, redaction_of
 
 COUNT = 100
 COUNT_MAX = 1_000

@@ -193,10 +193,10 @@ def _publications(
     if group is None:
         found = destination(one.target)
         urls.setdefault(found.host, (_at(place, _DESTINATION), found))
-        return [_publication(call, one, draft, one.target, found.host)]
+        return [_publication(call, one, draft, one.target)]
     return [
         dataclasses.replace(
-            _publication(call, one, draft, endpoint.url, destination(endpoint.url).host, endpoint, topic=one.target),
+            _publication(call, one, draft, endpoint.url, endpoint, topic=one.target),
             spec=msgspec.structs.replace(draft.spec, endpoint=endpoint.name),
             body_of=None if index == 0 else first,
         )
@@ -209,7 +209,6 @@ def _publication(
     one: _Wanted,
     draft: Draft,
     url: str,
-    host: str,
     endpoint: Endpoint | None = None,
     *,
     topic: str | None = None,
@@ -217,7 +216,6 @@ def _publication(
     return Publication(
         call.account.id,
         url,
-        host,
         draft.spec,
         one.body,
         not_before=draft.not_before,

@@ -6,9 +6,9 @@ import msgspec
 
 from daemon.domain.errors import UsageError
 from daemon.queue.gates import Gate
+from daemon.queue.message import ms
 from daemon.web.v2.call import Answer, Call, NotFound, segment
 from daemon.web.v2.drafts import check_name
-from daemon.web.v2.shapes import ms
 
 
 class _Queue(msgspec.Struct, rename="camel"):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
+from daemon.queue.message import ms
 from daemon.queue.schedules import Schedule
 from daemon.web.v2.call import Answer, Call, NotFound, segment
 from daemon.web.v2.drafts import check_name
 from daemon.web.v2.publish import put_schedule
-from daemon.web.v2.shapes import Shown, body_shown, labels_shown, ms, present, redaction_of, spec_shown
+from daemon.web.v2.shapes import Shown, body_shown, labels_shown, present, redaction_of, spec_shown
 
 _VERB = re.compile(r"([^/:]+)/(pause|resume)")
 

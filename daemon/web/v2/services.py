@@ -27,7 +27,6 @@ class Services:
     Attributes:
         publish: stores what one call publishes, as a whole or not at all; calls that come together share a transaction.
         check: whether a destination may be reached at all.
-        now: the database's clock, in Unix seconds, as far as it is known without asking.
     """
 
     accounts: AccountStore

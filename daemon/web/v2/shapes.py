@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 
 from daemon.domain.redaction import Redaction, parse_redaction
 from daemon.queue.callbacks import NOTHING
-from daemon.queue.message import Callback, Headers, Message, Spec
+from daemon.queue.message import Callback, Headers, Message, Spec, ms
 
 Shown = dict[str, Any]
-
-
-def ms(at: datetime) -> int:
-    """Unix milliseconds."""
-    return round(at.timestamp() * 1000)
 
 
 def present(fields: Mapping[str, Any]) -> Shown:

@@ -8,9 +8,10 @@ import msgspec
 
 from daemon.domain.errors import PermanentError, UsageError
 from daemon.queue.groups import Endpoint, Group, TooManyEndpointsError
+from daemon.queue.message import ms
 from daemon.web.v2.call import Answer, Call, NotFound
 from daemon.web.v2.drafts import check_name, destination, read_draft
-from daemon.web.v2.shapes import Shown, ms
+from daemon.web.v2.shapes import Shown
 
 NAME_CHARS_MAX = 200
 _ENDPOINTS = "endpoints"
