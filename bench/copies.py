@@ -13,7 +13,7 @@ from urllib.parse import parse_qs
 
 import msgspec
 
-from bench.stage import has_uvloop
+from bench.stage import serve
 from daemon.simulator.server import Simulator
 from daemon.simulator.traffic import Profile
 from daemon.simulator.wire import Request
@@ -87,17 +87,6 @@ class _Answers(asyncio.Protocol):
             self._transport.write(answer)
 
 
-async def _serve() -> None:
-    copies = _Copies()
-    server = await asyncio.get_running_loop().create_server(lambda: _Answers(copies), "127.0.0.1", 0, backlog=1024)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
-
-
 if __name__ == "__main__":
-    if has_uvloop():
-        import uvloop
-
-        uvloop.run(_serve())
-    else:
-        asyncio.run(_serve())
+    copies = _Copies()
+    serve(lambda: _Answers(copies))

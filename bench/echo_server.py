@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
-from bench.stage import has_uvloop
+from bench.stage import serve
 
 _BODY = (
     b'{"object":"page","data":['
@@ -32,16 +32,5 @@ class _Answers(asyncio.Protocol):
             self._transport.write(_ANSWER)
 
 
-async def _serve() -> None:
-    server = await asyncio.get_running_loop().create_server(_Answers, "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
-
-
 if __name__ == "__main__":
-    if has_uvloop():
-        import uvloop
-
-        uvloop.run(_serve())
-    else:
-        asyncio.run(_serve())
+    serve(_Answers)

@@ -12,7 +12,7 @@ from typing import cast
 
 import msgspec
 
-from bench.stage import has_uvloop
+from bench.stage import serve
 
 PREFIX = b'{"n":'
 DIGITS = 8
@@ -102,17 +102,6 @@ class _Endpoint(asyncio.Protocol):
         self._transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(told) + told)
 
 
-async def _serve() -> None:
-    notes = _Notes()
-    server = await asyncio.get_running_loop().create_server(lambda: _Endpoint(notes), "127.0.0.1", 0, backlog=1_024)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
-
-
 if __name__ == "__main__":
-    if has_uvloop():
-        import uvloop
-
-        uvloop.run(_serve())
-    else:
-        asyncio.run(_serve())
+    notes = _Notes()
+    serve(lambda: _Endpoint(notes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import secrets
@@ -17,6 +18,7 @@ from statistics import median
 from typing import NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
+import anyio
 import asyncpg
 import msgspec
 
@@ -176,3 +178,14 @@ def simulator(*arguments: str) -> Iterator[str]:
     """The URL of a provider simulator in a process of its own."""
     with process("-m", "daemon.simulator", "--port", "0", *arguments) as (_, ready):
         yield msgspec.json.decode(ready)["url"]
+
+
+def serve(protocol: Callable[[], asyncio.Protocol]) -> None:
+    """The life of a server in a process of its own: tell the port on stdout, then answer until killed."""
+
+    async def run() -> None:
+        server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", 0, backlog=1_024)
+        print(server.sockets[0].getsockname()[1], flush=True)
+        await server.serve_forever()
+
+    anyio.run(run, backend_options={"use_uvloop": has_uvloop()})

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
+from daemon.domain.account import Limits
 from daemon.domain.address import Address, is_private, parse_address
 from daemon.domain.connection import Secret
 from daemon.domain.errors import ConfigError
@@ -27,6 +28,7 @@ PREFIX = "TALLYD_"
 TOML_PATHS = (Path("tallyd.toml"), Path("/etc/tallyd/tallyd.toml"))
 NOT_SETTINGS = ("CONFIG",)
 FOREIGN_PREFIXES = ("TEST_", "BENCH_")  # ours too, but of the test suite and the benchmarks
+_LIMITS = Limits()
 REGIONS = ("eu_central_1", "us_east_1")
 """QStash's regions, each with a pair of signing keys of its own."""
 
@@ -285,17 +287,19 @@ class Settings:
     )
 
     v2_bytes_max: int = _setting(256 << 20, _whole(1 << 20, 1 << 40), "bytes of bodies that /v2 takes in at once")
-    v2_message_bytes_max: int = _setting(10 << 20, _whole(1, 256 << 20), "bytes of one message")
-    v2_batch_bytes_max: int = _setting(100 << 20, _whole(1, 1 << 30), "bytes of one batch")
-    v2_delay_s_max: int = _setting(366 * 86_400, _whole(0, 3_660 * 86_400), "seconds that a message may be delayed")
-    v2_timeout_s_max: int = _setting(7_200, _whole(1, 86_400), "seconds that an endpoint may take")
-    v2_retries_max: int = _setting(5, _whole(0, 1_000), "tries of a message after the first one fails")
-    v2_schedules_max: int = _setting(1_000, _whole(0, 1_000_000), "schedules of an account")
-    v2_queues_max: int = _setting(100, _whole(0, 1_000_000), "FIFO queues of an account")
-    v2_groups_max: int = _setting(100, _whole(0, 1_000_000), "URL groups of an account")
-    v2_endpoints_max: int = _setting(100, _whole(1, 10_000), "endpoints of a URL group")
-    v2_parallelism_max: int = _setting(200, _whole(1, 100_000), "parallelism of a queue or a flow-control key")
-    v2_dedup_s: int = _setting(600, _whole(1, 7_776_000), "seconds in which a deduplication id counts")
+    v2_message_bytes_max: int = _setting(_LIMITS.message_bytes, _whole(1, 256 << 20), "bytes of one message")
+    v2_batch_bytes_max: int = _setting(_LIMITS.batch_bytes, _whole(1, 1 << 30), "bytes of one batch")
+    v2_delay_s_max: int = _setting(_LIMITS.delay_s, _whole(0, 3_660 * 86_400), "seconds that a message may be delayed")
+    v2_timeout_s_max: int = _setting(_LIMITS.timeout_s, _whole(1, 86_400), "seconds that an endpoint may take")
+    v2_retries_max: int = _setting(_LIMITS.retries, _whole(0, 1_000), "tries of a message after the first one fails")
+    v2_schedules_max: int = _setting(_LIMITS.schedules, _whole(0, 1_000_000), "schedules of an account")
+    v2_queues_max: int = _setting(_LIMITS.queues, _whole(0, 1_000_000), "FIFO queues of an account")
+    v2_groups_max: int = _setting(_LIMITS.groups, _whole(0, 1_000_000), "URL groups of an account")
+    v2_endpoints_max: int = _setting(_LIMITS.endpoints, _whole(1, 10_000), "endpoints of a URL group")
+    v2_parallelism_max: int = _setting(
+        _LIMITS.parallelism_max, _whole(1, 100_000), "parallelism of a queue or a flow-control key"
+    )
+    v2_dedup_s: int = _setting(_LIMITS.dedup_s, _whole(1, 7_776_000), "seconds in which a deduplication id counts")
 
     traces: Literal["off", "otlp"] = _setting(
         "off", _one_of("off", "otlp"), "OpenTelemetry traces (extra otel); OTEL_EXPORTER_OTLP_ENDPOINT says where to"
@@ -487,7 +491,7 @@ def _check_together(values: Mapping[str, Any], found: _Found) -> None:
     if pool_min > pool_max:
         found.problems.append(f"database_pool_min: {pool_min} is above database_pool_max {pool_max}; lower it")
     _check_service(values, found)
-    dedup_s, kept = values.get("v2_dedup_s", 600), values.get("retention_messages_days", 7)
+    dedup_s, kept = values.get("v2_dedup_s", _LIMITS.dedup_s), values.get("retention_messages_days", 7)
     if kept is not None and dedup_s > kept * 86_400:
         found.problems.append(
             f"v2_dedup_s: {dedup_s} is longer than messages are kept; raise retention_messages_days to "

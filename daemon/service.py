@@ -1,9 +1,9 @@
 """The daemon: every service in one task group, until a signal drains it.
 
-    role        listener   /api   ticks   jobs   housekeeping
-    all         yes        yes    yes     yes    yes
-    worker      yes        no     yes     yes    yes
-    listener    yes        yes    no      no     no
+    role        listener   /api, /v2   ticks, schedules   jobs, messages   housekeeping
+    all         yes        yes         yes                yes              yes
+    worker      yes        no          yes                yes              yes
+    listener    yes        yes         no                 no               no
 
 A service that crashes ends the process non-zero, and whoever supervises it starts it again.
 """

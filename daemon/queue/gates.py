@@ -227,7 +227,7 @@ class Gates:
         self, account: AccountId, name: str, parallelism: int | None, rate: int | None, period_s: int | None
     ) -> None:
         """Fix what is given, for a key that need not exist yet; its window begins anew."""
-        gate = await self._made(account, name, _PIN, parallelism, rate, period_s)
+        gate = await self._made(account, name, _PIN, account, name, parallelism, rate, period_s)
         await self.open_up([gate])
 
     async def unpin(self, account: AccountId, name: str, *, parallelism: bool, rate: bool) -> bool:
@@ -236,9 +236,7 @@ class Gates:
 
     async def pause_flow(self, account: AccountId, name: str) -> None:
         """Close a flow-control key that need not exist yet."""
-        if not await self.pause(account, "flow", name, is_paused=True):
-            await self._db.execute(_ADD, *_columns([Wanted(account, "flow", name, None)]))
-            await self.pause(account, "flow", name, is_paused=True)
+        await self._made(account, name, _PAUSE, account, "flow", name, True)
 
     async def reset(self, account: AccountId, name: str) -> bool:
         """Begin a new window now. False when there is no such key."""
@@ -253,12 +251,10 @@ class Gates:
         return [] if gate is None else [JobId(row["id"]) for row in await tx.fetch(_QUEUE_JOBS, gate)]
 
     async def _made(self, account: AccountId, name: str, sql: str, *args: object) -> int:
-        gate: int | None = await self._db.fetchval(sql, account, name, *args)
-        if gate is None:
+        """Do it to a flow-control key, which is made if need be: made and pruned again, it is made once more."""
+        while (gate := await self._db.fetchval(sql, *args)) is None:
             await self._db.execute(_ADD, *_columns([Wanted(account, "flow", name, None)]))
-            gate = await self._db.fetchval(sql, account, name, *args)
-        assert gate is not None
-        return gate
+        return int(gate)
 
 
 def _columns(wanted: Sequence[Wanted]) -> tuple[list[object], ...]:

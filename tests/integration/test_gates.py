@@ -1,6 +1,5 @@
 """Limits: how many run at once, how often, and in which order. Counted where the messages arrive, or in the database."""
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import anyio
@@ -14,23 +13,11 @@ from daemon.queue.pending import Pending
 from daemon.queue.postgres import PostgresQueue
 from daemon.worker.push import Pusher
 from tests.books_kit import until
-from tests.push_kit import Arrived, Endpoint, Pushing, Reply, open_endpoint, open_pushing
+from tests.push_kit import Arrived, Endpoint, Pushing, Reply
 
 pytestmark = pytest.mark.anyio
 
 HOUR_S = 3_600
-
-
-@pytest.fixture
-async def endpoint() -> AsyncIterator[Endpoint]:
-    async with open_endpoint() as opened:
-        yield opened
-
-
-@pytest.fixture
-async def pushing(database_url: str) -> AsyncIterator[Pushing]:
-    async with open_pushing(database_url) as opened:
-        yield opened
 
 
 class Turnstile:

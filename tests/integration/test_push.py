@@ -3,7 +3,6 @@
 import base64
 import json
 from collections import Counter
-from collections.abc import AsyncIterator
 
 import anyio
 import pytest
@@ -24,18 +23,6 @@ from tests.message_kit import Post
 from tests.push_kit import Arrived, Endpoint, Pushing, Reply, open_endpoint, open_pushing
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def endpoint() -> AsyncIterator[Endpoint]:
-    async with open_endpoint() as opened:
-        yield opened
-
-
-@pytest.fixture
-async def pushing(database_url: str) -> AsyncIterator[Pushing]:
-    async with open_pushing(database_url) as opened:
-        yield opened
 
 
 def verify(pushing: Pushing, one: Arrived, url: str) -> None:

@@ -22,7 +22,7 @@ from daemon.queue.message import MessageId, Publication, Published
 from daemon.web.v2 import app as v2_app
 from tests.books_kit import until
 from tests.conftest import in_database, run_sql
-from tests.push_kit import KEYRING, Endpoint, open_endpoint
+from tests.push_kit import KEYRING, Endpoint
 from tests.v2_kit import Api, open_api
 
 pytestmark = pytest.mark.anyio
@@ -43,12 +43,6 @@ def shared_url(server_url: str, template: str) -> Iterator[str]:
 @pytest.fixture(scope="module")
 async def api(shared_url: str) -> AsyncIterator[Api]:
     async with open_api(shared_url, bytes_max=v2_app.COPIES * 32 << 20) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def endpoint() -> AsyncIterator[Endpoint]:
-    async with open_endpoint() as opened:
         yield opened
 
 
