@@ -16,7 +16,7 @@ from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -96,6 +96,8 @@ WATCH_S = 0.2
 SILENT_S = 60.0
 """A command rescues at once, without having watched beats itself. After an outage this may take a job from a worker that
 is about to beat again: then the job runs twice, and the fences book it once."""
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -252,7 +254,7 @@ class App:
             SourceFact(name, source.name, source.kind == "cost", source.ladder.daily)
             for name, poller in self.pollers.items()
             for source in poller.sources.values()
-            if not source.is_level
+            if source.is_report and not source.is_level
         ]
         return Figures(self.db, facts, by_tenant=self.settings.metrics_by_tenant)
 
@@ -493,6 +495,9 @@ class _OnceCaller:
         self, path: str, params: Sequence[tuple[str, str]] = (), headers: Mapping[str, str] | None = None
     ) -> Answer:
         return await self._http.get(self._base_url, path, params, headers)
+
+    async def run(self, send: Callable[[], Awaitable[T]]) -> T:
+        return await send()
 
 
 def http_settings(settings: Settings) -> HttpSettings:

@@ -78,10 +78,11 @@ BY_COMMAND = Occasion()
 
 
 class DueConnection(NamedTuple):
-    """A connection to poll, and when it last had news."""
+    """A connection to poll, and when it last had news. `every_s`: polled so often whether it has or not."""
 
     id: ConnectionId
     changed_at: datetime
+    every_s: int | None = None
 
 
 class PlannedTick(NamedTuple):
@@ -122,7 +123,9 @@ def next_due(slot: datetime, item: DueConnection, tick_s: int) -> datetime:
     jitter picks the slot and never delays within one.
     """
     idle = slot - item.changed_at
-    period = next((every for at_least, every in IDLE_LADDER if idle >= at_least), timedelta(seconds=tick_s))
+    period = timedelta(seconds=item.every_s or tick_s)
+    if item.every_s is None:
+        period = next((every for at_least, every in IDLE_LADDER if idle >= at_least), period)
     slots = max(1, period // timedelta(seconds=tick_s))
     this = int((slot - EPOCH) // timedelta(seconds=tick_s))
     wait = (_jitter(item.id) - this) % slots or slots

@@ -23,6 +23,7 @@ _NOTE_BOOKINGS = query("note_bookings")
 _WRITE_BUCKETS = query("write_buckets")
 _SUM_PENDING = query("sum_pending_buckets")
 _END_STREAMS = query("end_streams")
+_RAISE_FENCES = query("raise_fences")
 _CLOSE_STREAMS = query("close_streams")
 _STAMP_NEWS = query("stamp_news")
 _OPEN_STREAMS = query("open_streams")
@@ -82,7 +83,10 @@ class BucketWrite(NamedTuple):
 
 
 class StreamEnd(NamedTuple):
-    """How an attempt on a stream ended well: the new fence, cursors and stamps. None leaves a value as it is."""
+    """How an attempt on a stream ended well: the new fence, cursors and stamps. None leaves a value as it is.
+
+    `kind` is that of a collection; "" for reports.
+    """
 
     stream_id: StreamId
     seq: int
@@ -94,6 +98,7 @@ class StreamEnd(NamedTuple):
     probe_digest: bytes | None
     is_hourly: bool
     is_daily: bool
+    kind: str = ""
 
 
 class ConnectionEnd(NamedTuple):
@@ -269,6 +274,12 @@ async def end_streams(tx: Executor, ends: Sequence[StreamEnd]) -> None:
     await tx.execute(_END_STREAMS, *_columns(given, 11))
 
 
+async def raise_fences(tx: Executor, seqs: Mapping[StreamId, int]) -> None:
+    """From its first item on, a reading of a collection bars those that began before it."""
+    if seqs:
+        await tx.execute(_RAISE_FENCES, list(seqs), list(seqs.values()))
+
+
 async def stamp_news(tx: Executor, streams: Sequence[StreamId]) -> None:
     """Note, with the rows themselves, that something was booked (or withheld) in these streams."""
     if streams:
@@ -333,6 +344,7 @@ async def write_summary(
         summary.rows,
         summary.duration_s,
         request_id,
+        summary.items,
     )
 
 

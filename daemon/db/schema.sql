@@ -39,7 +39,8 @@ create table batch_summary (
   requests_saved integer not null,
   rows integer not null,
   duration_s double precision not null,
-  request_id text
+  request_id text,
+  items integer default 0 not null
 );
 
 create table booking (
@@ -247,6 +248,17 @@ create table message (
   caller_ip text
 );
 
+create table name (
+  tenant_id bigint not null,
+  connection_id bigint not null,
+  kind text not null,
+  id text not null,
+  since timestamp with time zone default now() not null,
+  until timestamp with time zone,
+  name text not null,
+  seq bigint not null
+);
+
 create table pause (
   host text not null,
   org text not null,
@@ -258,6 +270,34 @@ create table payload (
   id bigint not null,
   body bytea not null
 );
+
+create table quota (
+  stream_id bigint not null,
+  key text not null,
+  tenant_id bigint not null,
+  user_name text,
+  tenant_name text,
+  period text,
+  value numeric not null,
+  used numeric not null,
+  epoch integer default 1 not null,
+  revision integer default 1 not null,
+  detail jsonb default '{}'::jsonb not null,
+  pending numeric,
+  updated_at timestamp with time zone default now() not null
+) with (fillfactor=80);
+
+create table quota_change (
+  at timestamp with time zone default now() not null,
+  stream_id bigint not null,
+  key text not null,
+  revision integer not null,
+  epoch integer not null,
+  kind smallint not null,
+  delta numeric not null,
+  value numeric not null,
+  poll_seq bigint not null
+) partition by RANGE (at);
 
 create table ready (
   key_id bigint not null,
@@ -452,9 +492,13 @@ alter table ledger add constraint ledger_pkey PRIMARY KEY (tenant_id, bucket_sta
 
 alter table message add constraint message_pkey PRIMARY KEY (id);
 
+alter table name add constraint name_pkey PRIMARY KEY (connection_id, kind, id, since);
+
 alter table pause add constraint pause_pkey PRIMARY KEY (host, org);
 
 alter table payload add constraint payload_pkey PRIMARY KEY (id);
+
+alter table quota add constraint quota_pkey PRIMARY KEY (stream_id, key);
 
 alter table schedule add constraint schedule_pkey PRIMARY KEY (account_id, id);
 
@@ -558,6 +602,12 @@ CREATE INDEX message_flow ON public.message USING btree (flow_id) WHERE (flow_id
 
 CREATE INDEX message_payload ON public.message USING btree (payload_id) WHERE (payload_id <> id);
 
+CREATE UNIQUE INDEX name_current ON public.name USING btree (connection_id, kind, id) WHERE (until IS NULL);
+
+CREATE INDEX quota_change_key ON public.quota_change USING btree (stream_id, key, revision);
+
+CREATE INDEX quota_user ON public.quota USING btree (tenant_id, user_name);
+
 CREATE UNIQUE INDEX ready_floor_one ON public.ready_floor USING btree ((true));
 
 CREATE INDEX ready_id ON public.ready USING btree (id);
@@ -628,7 +678,8 @@ CREATE OR REPLACE FUNCTION public.attempt_make_partitions(from_at timestamp with
  LANGUAGE plpgsql
 AS $function$
 begin
-  return make_weeks('attempt', from_at, weeks) + make_weeks('event', from_at, weeks);
+  return make_weeks('attempt', from_at, weeks) + make_weeks('event', from_at, weeks)
+    + make_weeks('quota_change', from_at, weeks);
 end $function$
 ;
 

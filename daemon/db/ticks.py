@@ -66,9 +66,12 @@ async def judge(db: Executor) -> list[Judged]:
     return [Judged(row["slot_at"], row["batches"], row["done_in_time"], row["deadline_at"]) for row in rows]
 
 
-async def due_connections(tx: Executor, slot_end: datetime) -> list[tuple[ConnectionId, datetime]]:
-    """Active connections that are due before `slot_end` and not being polled, with their last change; locked."""
-    return [(ConnectionId(row["id"]), row["changed_at"]) for row in await tx.fetch(_DUE, slot_end)]
+async def due_connections(tx: Executor, slot_end: datetime) -> list[tuple[ConnectionId, datetime, int | None]]:
+    """Active connections that are due before `slot_end` and not being polled, locked: each with its last change, and
+    the seconds from poll to poll, where its settings give them.
+    """
+    rows = await tx.fetch(_DUE, slot_end)
+    return [(ConnectionId(row["id"]), row["changed_at"], row["every_s"]) for row in rows]
 
 
 async def advance(

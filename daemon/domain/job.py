@@ -138,7 +138,7 @@ class Settlement:
 
 @dataclass(slots=True)
 class Summary:
-    """What a batch did. `unchanged` to `dead` count sources, `rows` revisions written."""
+    """What a batch did. `unchanged` to `dead` count sources, `rows` revisions written, `items` what collections held."""
 
     connections: int = 0
     unchanged: int = 0
@@ -150,3 +150,4 @@ class Summary:
     requests_saved: int = 0
     rows: int = 0
     duration_s: float = 0.0
+    items: int = 0

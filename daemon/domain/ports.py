@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
+from daemon.domain.collection import Collected
 from daemon.domain.connection import Identity, Target
 from daemon.domain.record import Grain, Snapshot, Totals
 from daemon.domain.window import Window
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,14 @@ class Caller(Protocol):
         """
         ...
 
+    async def run(self, send: Callable[[], Awaitable[T]]) -> T:
+        """A request by other means: limited, tried again and counted as one of `get` is.
+
+        Args:
+            send: makes the request, once for each try, and raises our errors.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
@@ -45,8 +56,11 @@ class Ladder:
     daily: timedelta
 
 
-Cadence = Literal["tick", "hourly", "follow"]
-"""When a tick reads a source: each time; once an hour; or once a day, and when the costs have moved."""
+Cadence = Literal["tick", "hourly", "daily", "follow"]
+"""When a tick reads a source: each time; once an hour; once a day; or once a day, and when the costs have moved."""
+
+Report = Literal["usage", "cost"]
+Collection = Literal["names", "quota", "resource"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +69,34 @@ class SourceSpec:
 
     Attributes:
         name: unique in the provider, such as "completions"; stored, so never renamed.
-        kind: "usage" (tokens, requests, quantities; priced by us) or "cost" (money as the provider reports it).
+        kind: of a report over time, "usage" (tokens, requests, quantities; priced by us) or "cost" (money as the provider
+            reports it); of a collection (see `Collector`), what its items are.
         is_level: the quantity is a level (bytes stored), which must not be summed over buckets.
         chain_buckets: the most buckets that one page chain asks for.
         can_probe: `probe` answers for it with one cheap request.
         has_totals: `totals` can read it without grouping.
+        upstream: the dimension that names the vendor who is paid for a row, by our name of it ("openai"), where that is
+            another one than this provider: a gateway's row, and the vendor's own report, are the same money.
     """
 
     name: str
-    kind: Literal["usage", "cost"]
+    kind: Report | Collection
     cadence: Cadence
     ladder: Ladder
     chain_buckets: int
     is_level: bool = False
     can_probe: bool = False
     has_totals: bool = True
+    upstream: str | None = None
+
+    @property
+    def is_report(self) -> bool:
+        return self.kind in ("usage", "cost")
+
+
+def collection(name: str, kind: Collection, cadence: Cadence) -> SourceSpec:
+    """A source that is read by `Collector.collect`, as a whole each time."""
+    return SourceSpec(name, kind, cadence, Ladder(timedelta(0), timedelta(0), timedelta(0)), 1, has_totals=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +157,21 @@ class Poller(Protocol):
         ...
 
 
+class Collector(Protocol):
+    """What a poller has besides, some of whose sources are collections."""
+
+    def collect(self, target: Target, source: str, known: bytes | None, call: Caller) -> AsyncIterator[Collected]:
+        """Read a collection once, in parts of some hundred or thousand items, which are written as they come.
+
+        It ends when the whole was read, and raises when it cannot be: what was written stays, and the next reading
+        begins anew.
+
+        Args:
+            known: the `Collected.digest` of the last whole reading.
+        """
+        ...
+
+
 class Clock(Protocol):
     """The local clock: for durations only. What is due is the database's business."""
 
@@ -143,8 +185,12 @@ __all__ = [
     "Cadence",
     "Caller",
     "Clock",
+    "Collection",
+    "Collector",
     "Ladder",
     "Poller",
     "Probe",
+    "Report",
     "SourceSpec",
+    "collection",
 ]

@@ -4,6 +4,7 @@ One flush is one transaction, always in this order:
 
     lease ─> streams ─> all buckets ─> rows and ledger ─> buckets ─> stream ends ─> connections ─> summary, settle
     fence    fence      fence, judge   signed deltas      digests    cursors
+             └────────> collections, each in its taker ────────────>┘
 
 The lease lock fences a zombie, the stream lock serialises the flushes of one stream (so that no two of them can wait
 for each other's buckets), and each bucket refuses an answer that is older than what it took. Old values are read in a
@@ -16,11 +17,13 @@ from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
+from typing import Protocol
 
 import structlog
 
 from daemon.db import ledger as store
 from daemon.db.pool import Database, Session
+from daemon.domain.collection import Collected
 from daemon.domain.connection import Connection, Stream, StreamId
 from daemon.domain.errors import DataRejectedError, DeadlockError
 from daemon.domain.job import JobId
@@ -67,8 +70,45 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Lot:
+    """Some items of one collection, ready to be taken by the taker of their kind."""
+
+    connection: Connection
+    stream: Stream
+    kind: str
+    seq: int
+    part: Collected
+
+    @property
+    def rows(self) -> int:
+        return len(self.part.items)
+
+    def cut(self, rows: int) -> Iterator[Lot]:
+        """Parts of that many items at the most."""
+        items = self.part.items
+        for at in range(0, len(items), rows):
+            yield replace(self, part=replace(self.part, items=items[at : at + rows]))
+
+
+class Taker(Protocol):
+    """What writes the items of collections of one kind, in the transaction of a flush.
+
+    The streams are locked, and every lot is of the newest reading that has begun: no other one of the same collection
+    writes before this transaction ends.
+    """
+
+    async def take(self, tx: Session, lots: Sequence[Lot]) -> Mapping[StreamId, Effect]:
+        """Write what differs from what is stored. The same lot taken again changes nothing."""
+        ...
+
+    async def end(self, tx: Session, ends: Mapping[StreamId, int]) -> Mapping[StreamId, Effect]:
+        """Collections whose reading of that seq came to its end: what it did not hold is gone."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Effect:
-    """What booking did to one stream, in revisions; `refused` counts buckets."""
+    """What booking did to one stream, in revisions; `refused` counts buckets, `items` what a collection held."""
 
     new: int = 0
     restated: int = 0
@@ -76,6 +116,7 @@ class Effect:
     vanished: int = 0
     withheld: int = 0
     refused: int = 0
+    items: int = 0
 
     @property
     def rows(self) -> int:
@@ -104,6 +145,7 @@ class Flush:
 
     job: JobId
     pieces: list[Piece] = field(default_factory=list)
+    lots: list[Lot] = field(default_factory=list)
     ends: list[store.StreamEnd] = field(default_factory=list)
     connection_ends: list[store.ConnectionEnd] = field(default_factory=list)
     parked: dict[StreamId, str] = field(default_factory=dict)
@@ -111,10 +153,15 @@ class Flush:
 
 
 class LedgerSink:
-    """Books pieces in Postgres."""
+    """Books pieces in Postgres.
 
-    def __init__(self, db: Database) -> None:
+    Args:
+        takers: of lots, by their kind.
+    """
+
+    def __init__(self, db: Database, takers: Mapping[str, Taker] | None = None) -> None:
         self._db = db
+        self._takers = takers or {}
         self._months: set[tuple[int, int]] = set()
 
     async def book(self, flush: Flush, lock_lease: LockLease) -> Effects:
@@ -143,7 +190,7 @@ class LedgerSink:
 
     async def find_culprits(self, flush: Flush, lock_lease: LockLease) -> dict[StreamId, DataRejectedError]:
         """Bisect a refused flush: which streams hold what Postgres refuses. Nothing is written."""
-        streams = sorted({piece.stream.id for piece in flush.pieces})
+        streams = sorted({p.stream.id for p in flush.pieces} | {lot.stream.id for lot in flush.lots})
         return await self._bisect(flush, streams, lock_lease)
 
     async def _bisect(
@@ -160,7 +207,11 @@ class LedgerSink:
         return {}
 
     async def _rehearse(self, flush: Flush, streams: set[StreamId], lock_lease: LockLease) -> None:
-        part = Flush(flush.job, pieces=[piece for piece in flush.pieces if piece.stream.id in streams])
+        part = Flush(
+            flush.job,
+            pieces=[piece for piece in flush.pieces if piece.stream.id in streams],
+            lots=[lot for lot in flush.lots if lot.stream.id in streams],
+        )
         try:
             async with self._db.transaction() as tx:
                 await lock_lease(tx)
@@ -178,19 +229,51 @@ class LedgerSink:
 
     async def _write(self, tx: Session, flush: Flush) -> Effects:
         effects: dict[StreamId, Effect] = {}
-        locked = {p.stream.id for p in flush.pieces} | {e.stream_id for e in flush.ends}
+        locked = {p.stream.id for p in flush.pieces} | {lot.stream.id for lot in flush.lots}
+        locked |= {e.stream_id for e in flush.ends}
         locked |= set(flush.parked)
         if locked:
             fences = await store.lock_streams(tx, locked)
             effects = {stream: Effect() for stream in locked}
             if flush.pieces:
                 await self._write_pieces(tx, flush, fences, effects)
+            await self._write_lots(tx, flush, fences, effects)
             await store.end_streams(tx, flush.ends)
             await store.park_streams(tx, flush.parked)
         await store.end_connections(tx, flush.connection_ends, flush.job)
         for step in flush.also:
             await step(tx, effects)
         return effects
+
+    async def _write_lots(
+        self,
+        tx: Session,
+        flush: Flush,
+        fences: Mapping[StreamId, store.StreamFence],
+        effects: dict[StreamId, Effect],
+    ) -> None:
+        kinds: dict[str, list[Lot]] = {}
+        for lot in flush.lots:
+            fence = fences.get(lot.stream.id)
+            if fence is None or fence.last_seq > lot.seq:
+                effects[lot.stream.id] += Effect(refused=1)
+            else:
+                kinds.setdefault(lot.kind, []).append(lot)
+        await store.raise_fences(tx, {lot.stream.id: lot.seq for lots in kinds.values() for lot in lots})
+        taken: dict[StreamId, Effect] = {}
+        for kind, lots in kinds.items():
+            taken |= await self._takers[kind].take(tx, lots)
+        for kind, taker in self._takers.items():
+            ended = {
+                end.stream_id: end.seq
+                for end in flush.ends
+                if end.kind == kind and (fence := fences.get(end.stream_id)) and fence.last_seq <= end.seq
+            }
+            for stream, effect in (await taker.end(tx, ended)).items() if ended else ():
+                taken[stream] = taken.get(stream, Effect()) + effect
+        for stream, effect in taken.items():
+            effects[stream] += effect
+        await store.stamp_news(tx, [stream for stream, effect in taken.items() if effect.rows])
 
     async def _write_pieces(
         self,

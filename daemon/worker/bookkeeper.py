@@ -18,7 +18,7 @@ from daemon.domain.errors import DataRejectedError, StorageUnavailableError
 from daemon.domain.job import Cancelled, Completed, Job, NewJob, Outcome, Settlement, Summary
 from daemon.queue.burial import bury, mourn
 from daemon.queue.postgres import PostgresQueue
-from daemon.sinks.ledger import Effect, Effects, Flush, LedgerSink, Piece, Step
+from daemon.sinks.ledger import Effect, Effects, Flush, LedgerSink, Lot, Piece, Step
 from daemon.telemetry import metrics
 from daemon.telemetry.traces import span
 
@@ -83,13 +83,14 @@ class Bookkeeper:
         self._sink = sink
         self._queue = queue
         self._pieces: list[Piece] = []
+        self._lots: list[Lot] = []
         self._open_turns: list[Turn] = []
         self._turns: list[Turn] = []
         self._effects: dict[StreamId, Effect] = {}
         self._rejected: dict[StreamId, DataRejectedError] = {}
 
-    async def run(self, inbox: MemoryObjectReceiveStream[Piece | Turn]) -> None:
-        """Take pieces and turns until their senders are gone; flush by rows, or `FLUSH_S` after the first of them."""
+    async def run(self, inbox: MemoryObjectReceiveStream[Piece | Lot | Turn]) -> None:
+        """Take pieces, lots and turns until their senders are gone; flush by rows, or `FLUSH_S` after the first of them."""
         deadline = None
         async with inbox:
             while True:
@@ -108,8 +109,11 @@ class Bookkeeper:
                     self._open_turns.append(item)
                     continue
                 for part in item.cut(FLUSH_ROWS):
-                    self._pieces.append(part)
-                    if sum(piece.rows for piece in self._pieces) >= FLUSH_ROWS:
+                    if isinstance(part, Lot):
+                        self._lots.append(part)
+                    else:
+                        self._pieces.append(part)
+                    if sum(one.rows for one in self._parts) >= FLUSH_ROWS:
                         await self._flush()
                         deadline = None
 
@@ -173,7 +177,7 @@ class Bookkeeper:
         self._count(effects)
         self._effects = _merged(self._effects, effects)
         self._turns += self._open_turns
-        self._open_turns, self._pieces = [], []
+        self._open_turns, self._pieces, self._lots = [], [], []
 
     async def _book(self, finish: Step | None) -> Effects:
         """Book, over a short absence of the database too: the fences make a repeated commit harmless."""
@@ -186,10 +190,14 @@ class Bookkeeper:
                     return effects
         raise AssertionError("unreachable")
 
+    @property
+    def _parts(self) -> list[Piece | Lot]:
+        return [*self._pieces, *self._lots]
+
     def _count(self, effects: Effects) -> None:
         """Tell the metrics what a committed flush did to the rows that were read."""
         read: dict[StreamId, tuple[str, int]] = {}
-        for piece in self._pieces:
+        for piece in self._parts:
             if piece.stream.id not in self._rejected:
                 _, rows = read.get(piece.stream.id, ("", 0))
                 read[piece.stream.id] = (piece.connection.provider, rows + piece.rows)
@@ -203,6 +211,7 @@ class Bookkeeper:
     def _compose(self, finish: Step | None) -> Flush:
         flush = Flush(self._job.id, also=[finish] if finish else [])
         flush.pieces = [piece for piece in self._pieces if piece.stream.id not in self._rejected]
+        flush.lots = [lot for lot in self._lots if lot.stream.id not in self._rejected]
         for turn in self._open_turns:
             ends = [self._verdict(end) for end in turn.ends]
             flush.ends += [end.end for end in ends if end.end is not None]
@@ -243,6 +252,7 @@ class Bookkeeper:
             requests_saved=sum(turn.requests_saved for turn in turns),
             rows=sum(effect.rows for effect in total.values()),
             duration_s=round(duration_s, 3),
+            items=sum(effect.items for effect in total.values()),
         )
         for _, end in self._ends():
             effect = total.get(end.stream.id, Effect())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Protocol
+from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import stamina
@@ -24,6 +24,8 @@ from daemon.domain.ports import Answer
 from daemon.telemetry import metrics
 from daemon.telemetry.traces import span
 from daemon.worker.governor import Governor
+
+T = TypeVar("T")
 
 
 class Http(Protocol):
@@ -72,10 +74,19 @@ class CountingCaller:
     async def get(
         self, path: str, params: Sequence[tuple[str, str]] = (), headers: Mapping[str, str] | None = None
     ) -> Answer:
+        async def send() -> Answer:
+            return await self._http.get(self._target.base_url, path, params, headers)
+
+        return await self._tried(lambda: self._counted(send, "GET"))
+
+    async def run(self, send: Callable[[], Awaitable[T]]) -> T:
+        return await self._tried(lambda: self._counted(send))
+
+    async def _tried(self, send: Callable[[], Awaitable[T]]) -> T:
         # stamina costs half as much as a request, so it is asked only once a try has failed: that one is its first.
         began = monotonic()
         try:
-            return await self._try(path, params, headers)
+            return await send()
         except TransientError as error:
             failed: TransientError | None = error
         settings = self._settings
@@ -91,23 +102,25 @@ class CountingCaller:
                 if failed is not None:
                     first, failed = failed, None
                     raise first
-                answer = await self._try(path, params, headers)
+                answer = await send()
         return answer
 
-    async def _try(self, path: str, params: Sequence[tuple[str, str]], headers: Mapping[str, str] | None) -> Answer:
+    async def _counted(self, send: Callable[[], Awaitable[T]], method: str | None = None) -> T:
+        """One try. What is no HTTP request and succeeds counts as a 200."""
         async with self._governor.request(self._host, self._org):
             self.requests += 1
             began = monotonic()
             code = "none"
-            with span("http.request", kind="client", server__address=self._host, http__request__method="GET") as trace:
+            name = "http.request" if method else "request"
+            with span(name, kind="client", server__address=self._host, http__request__method=method) as trace:
                 try:
-                    answer = await self._http.get(self._target.base_url, path, params, headers)
-                    code = str(answer.status)
+                    answer = await send()
+                    code = str(answer.status) if isinstance(answer, Answer) else "200"
                 except DaemonError as error:
                     code = _code(error)
                     raise
                 finally:
-                    trace.set(http__response__status_code=int(code) if code.isdecimal() else None)
+                    trace.set(http__response__status_code=int(code) if method and code.isdecimal() else None)
                     metrics.PROVIDER_REQUESTS.labels(self._target.provider, code).inc()
                     metrics.PROVIDER_SECONDS.labels(self._target.provider).observe(monotonic() - began)
         self.answers += 1

@@ -67,7 +67,7 @@ def is_due(spec: SourceSpec, stream: Stream, mode: Mode, now: datetime, costs_ch
         costs_changed_at: when the connection's own cost report last moved: money was spent on something.
     """
     if mode is not Mode.TICK:
-        return True
+        return spec.is_report or mode is not Mode.RANGE
     if stream.is_open_elsewhere:
         return False
     if stream.parked_reason is not None or stream.read_at is None:
@@ -76,6 +76,8 @@ def is_due(spec: SourceSpec, stream: Stream, mode: Mode, now: datetime, costs_ch
         return True
     if spec.cadence == "hourly":
         return _is_past(stream.read_at, HOUR, now)
+    if spec.cadence == "daily":
+        return _is_past(stream.read_at, DAY, now)
     has_news = costs_changed_at is not None and costs_changed_at >= stream.read_at
     return has_news or _is_past(stream.daily_at, DAY, now)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import anyio
 import msgspec
@@ -32,14 +32,14 @@ from daemon.domain.errors import (
     TransientError,
 )
 from daemon.domain.job import Completed, Discarded, Job, NewJob, Outcome, Retryable, Settlement, Summary
-from daemon.domain.ports import Poller, SourceSpec
+from daemon.domain.ports import Collector, Poller, Report, SourceSpec
 from daemon.domain.record import Grain, GrainId, Totals
 from daemon.domain.window import Window, floor_to
 from daemon.queue.postgres import PostgresQueue
 from daemon.records.identity import Keyer, grain_id
 from daemon.records.normalize import Price, ready_buckets
 from daemon.records.restate import Witness
-from daemon.sinks.ledger import LedgerSink, Piece
+from daemon.sinks.ledger import LedgerSink, Lot, Piece
 from daemon.telemetry.traces import span
 from daemon.worker.bookkeeper import Bookkeeper, SourceEnd, Turn
 from daemon.worker.caller import CountingCaller, Http, RetrySettings
@@ -127,7 +127,7 @@ class _Context(NamedTuple):
     poller: Poller
     caller: CountingCaller
     now: datetime
-    outbox: MemoryObjectSendStream[Piece | Turn]
+    outbox: MemoryObjectSendStream[Piece | Lot | Turn]
     turn: Turn
 
 
@@ -152,7 +152,7 @@ async def run_poll(job: Job, deps: PollDeps) -> Outcome:
     keeper = Bookkeeper(
         job, order.slot, deps.sink, deps.queue, takes_streams=takes_streams, request_id=order.request_id
     )
-    outbox, inbox = anyio.create_memory_object_stream[Piece | Turn](INBOX_ITEMS)
+    outbox, inbox = anyio.create_memory_object_stream[Piece | Lot | Turn](INBOX_ITEMS)
     places = anyio.CapacityLimiter(deps.settings.connections)
     deadline = anyio.current_time() + job.timeout_s * BUDGET_RATIO
     async with as_one_error(), anyio.create_task_group() as group:
@@ -248,7 +248,7 @@ async def _take_turn(
     now: datetime,
     places: anyio.CapacityLimiter,
     deadline: float,
-    outbox: MemoryObjectSendStream[Piece | Turn],
+    outbox: MemoryObjectSendStream[Piece | Lot | Turn],
 ) -> None:
     """Poll one connection, its sources one after the other, and report the turn, whatever happens in it."""
     connection = item.connection
@@ -309,7 +309,7 @@ async def _take_source(context: _Context, stream: Stream, spec: SourceSpec) -> S
     This catches every exception of a poller, as `run_job` does for a job: a source is the unit that fails, and a bug in
     one (it may be a third party's) must not cost the other 99 connections their turn.
     """
-    reading = _Reading(context, stream, spec)
+    reading = _Reading(context, stream, spec) if spec.is_report else _Collecting(context, stream, spec)
     connection = context.connection
     try:
         with span(
@@ -340,8 +340,57 @@ async def _take_source(context: _Context, stream: Stream, spec: SourceSpec) -> S
     return SourceEnd(stream, "read" if reading.has_read else "unchanged", reading.end())
 
 
+async def _fresh_seq(context: _Context, stream: Stream) -> int:
+    seq = await context.deps.seqs.next()
+    if seq <= stream.last_seq:  # drawn after the stream was loaded, so it has to be greater
+        raise PermanentError(f"poll_seq has fallen behind ({seq}); stop tallyd and run `tallyd doctor --fix`")
+    return seq
+
+
+class _Collecting:
+    """One attempt on a collection: its parts are handed over as they come."""
+
+    def __init__(self, context: _Context, stream: Stream, spec: SourceSpec) -> None:
+        self._context = context
+        self._stream = stream
+        self._spec = spec
+        self._seq = 0
+        self._digest: bytes | None = None
+        self._is_whole = False
+        self.has_read = False
+
+    async def run(self) -> None:
+        context, stream = self._context, self._stream
+        self._seq = await _fresh_seq(context, stream)
+        collector = cast("Collector", context.poller)
+        parts = collector.collect(context.connection.target, stream.source, stream.probe_digest, context.caller)
+        async for part in parts:
+            self._digest = part.digest or self._digest
+            await context.outbox.send(Lot(context.connection, stream, self._spec.kind, self._seq, part))
+        self._is_whole = self.has_read = True
+
+    def end(self) -> StreamEnd | None:
+        """The stream's new stamps once the collection was read to its end; None before."""
+        if not self._is_whole:
+            return None
+        now = self._context.now
+        return StreamEnd(
+            stream_id=self._stream.id,
+            seq=self._seq,
+            window=Window(now, now),
+            covered_from=self._context.connection.since,
+            covered_to=now,
+            floor=None,
+            pages=None,
+            probe_digest=self._digest,
+            is_hourly=True,
+            is_daily=True,
+            kind=self._spec.kind,
+        )
+
+
 class _Reading:
-    """One attempt on one source: it probes, reads chunk by chunk, and knows how far it came."""
+    """One attempt on a report: it probes, reads chunk by chunk, and knows how far it came."""
 
     def __init__(self, context: _Context, stream: Stream, spec: SourceSpec) -> None:
         self._context = context
@@ -364,9 +413,7 @@ class _Reading:
         self.has_read = False
 
     async def run(self) -> None:
-        self._seq = await self._context.deps.seqs.next()
-        if self._seq <= self._stream.last_seq:  # drawn after the stream was loaded, so it has to be greater
-            raise PermanentError(f"poll_seq has fallen behind ({self._seq}); stop tallyd and run `tallyd doctor --fix`")
+        self._seq = await _fresh_seq(self._context, self._stream)
         live = self._plan.live
         probed: Mapping[datetime, Totals] = {}
         if self._plan.probe is not None:
@@ -444,7 +491,7 @@ class _Reading:
         if context.order.mode is Mode.FULL and self._spec.has_totals:
             totals, witness = await context.poller.totals(*call, window, context.caller), "full"
         keyer = Keyer(context.connection.id, self._spec.name, chunk.epoch.grain)
-        buckets = tuple(ready_buckets(snapshot, keyer, self._spec.kind, context.deps.price))
+        buckets = tuple(ready_buckets(snapshot, keyer, cast("Report", self._spec.kind), context.deps.price))
         witnesses: dict[datetime, Witness] = {}
         if totals or witness == "full":
             nothing = Totals()

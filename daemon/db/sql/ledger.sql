@@ -159,14 +159,21 @@ from unnest($1::bigint[], $2::bigint[], $3::timestamptz[], $4::timestamptz[], $5
   as g(id, seq, last_start, last_end, covered_from, covered_to, floor_at, pages, probe_digest, is_hourly, is_daily)
 where s.id = g.id and s.last_seq <= g.seq
 
+-- name: raise_fences
+update stream s set last_seq = g.seq from unnest($1::bigint[], $2::bigint[]) as g(id, seq)
+where s.id = g.id and s.last_seq < g.seq
+
 -- name: stamp_news
--- What changed wakes the followers of a cost report, and snaps its connection back to the first rung of the idle ladder.
+-- What changed wakes the followers of a cost report, and snaps its connection back to the first rung of the idle ladder,
+-- where it is on that.
 with news as (
   update stream set changed_at = now() where id = any($1::bigint[]) returning connection_id
 ), mine as materialized (
   select c.id from connection c where c.id in (select connection_id from news) order by c.id for update
 )
-update connection c set changed_at = now(), next_due_at = least(c.next_due_at, now()) from mine m where m.id = c.id
+update connection c set changed_at = now(),
+  next_due_at = case when c.settings ? 'every_s' then c.next_due_at else least(c.next_due_at, now()) end
+from mine m where m.id = c.id
 
 -- name: close_streams
 -- The poll_one that had the stream to itself is over.
@@ -214,11 +221,12 @@ select 1 from tick where slot_at = $1 for update
 -- name: write_summary
 with s as (
   insert into batch_summary (job_id, slot_at, kind, connections, unchanged, stored, restated, retried, dead, requests,
-    requests_saved, rows, duration_s, request_id)
-  values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+    requests_saved, rows, duration_s, request_id, items)
+  values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
   on conflict (job_id) do update set finished_at = now(), unchanged = excluded.unchanged, stored = excluded.stored,
     restated = excluded.restated, retried = excluded.retried, dead = excluded.dead, requests = excluded.requests,
-    requests_saved = excluded.requests_saved, rows = excluded.rows, duration_s = excluded.duration_s
+    requests_saved = excluded.requests_saved, rows = excluded.rows, duration_s = excluded.duration_s,
+    items = excluded.items
 )
 update tick set finished_at = now()
 where slot_at = $2 and $3 = 'poll' and finished_at is null

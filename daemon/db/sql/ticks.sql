@@ -10,7 +10,9 @@ insert into delivery (message_id, slot_at) values ($1, $2) on conflict do nothin
 select slot_at from delivery where message_id = $1
 
 -- name: due_connections
-select id, changed_at from connection
+select id, changed_at,
+  case when jsonb_typeof(settings -> 'every_s') = 'number' then (settings ->> 'every_s')::int end as every_s
+from connection
 where state = 'active' and open_job is null and next_due_at < $1
 order by next_due_at, id for update skip locked
 
