@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from decimal import Decimal
 
 from daemon.domain.window import from_epoch, parse_rfc3339, rfc3339, to_epoch
-from daemon.simulator import catalogue
-from daemon.simulator.catalogue import ANTHROPIC, Source
-from daemon.simulator.traffic import DAY, HOUR, token
+from daemon.simulator import _anthropic_traffic, catalogue
+from daemon.simulator.catalogue import ANTHROPIC, CHAT, DAY, HOUR, WIDTHS, Source
+from daemon.simulator.traffic import IdKind, Vendor, token, uuid_of
 from daemon.simulator.wire import (
     Headers,
     Json,
@@ -21,6 +21,7 @@ from daemon.simulator.wire import (
     RefusedError,
     Reply,
     Request,
+    Service,
     bearer,
     encode,
     matcher,
@@ -30,7 +31,6 @@ from daemon.simulator.wire import (
 from daemon.simulator.world import Cells, Dims, Org, World, group
 
 PREFIX = "/v1/organizations/"
-WIDTHS = {"1m": 60, "1h": HOUR, "1d": DAY}
 LIMITS = {"1m": (60, 1440), "1h": (24, 168), "1d": (7, 31)}
 ANALYTICS_BETA = "analytics-usage-cost-2026-08-24"
 SPEED_BETA = "fast-mode-2026-02-01"
@@ -55,6 +55,7 @@ _ANALYTICS_FILTERS = {
 } | {"actor_ids": "actor_id"}
 _USAGE_ORDERS = ("output_tokens", "requests", "time", "total_tokens", "uncached_input_tokens")
 _COST_ORDERS = ("amount", "list_amount", "time")
+_LISTING = ("limit", "after_id", "before_id")
 
 
 def answer(world: World, request: Request) -> Reply:
@@ -76,6 +77,10 @@ def answer(world: World, request: Request) -> Reply:
                 return Reply(headers=headers, body=encode(me))
             case ["users"]:
                 return Reply(headers=headers, body=encode(_users(org, query)))
+            case ["workspaces"]:
+                return Reply(headers=headers, body=encode(_workspaces(org, query)))
+            case ["api_keys"]:
+                return Reply(headers=headers, body=encode(_api_keys(org, query)))
             case ["usage_report", "messages"]:
                 return Reply(headers=headers, page=_messages(org, query, betas))
             case ["usage_report", "claude_code"]:
@@ -89,10 +94,13 @@ def answer(world: World, request: Request) -> Reply:
             case _:
                 raise RefusedError(404, "not_found_error", "Not Found")
     except RefusedError as refused:
-        return Reply(refused.status, error_body(refused, request_id), headers)
+        reply = Reply(refused.status, headers=headers)
+        reply.body = error_body(refused, reply)
+        return reply
 
 
-def error_body(refused: RefusedError, request_id: str) -> bytes:
+def error_body(refused: RefusedError, reply: Reply) -> bytes:
+    request_id = dict(reply.headers).get("request-id", "")
     error = {"type": refused.kind, "message": refused.message}
     return encode({"type": "error", "error": error, "request_id": request_id})
 
@@ -107,7 +115,7 @@ def _authenticate(world: World, request: Request) -> Org:
         raise RefusedError(403, "permission_error", "Your API key does not have permission to use this resource.")
     if not key.startswith("sk-ant-admin"):
         raise RefusedError(401, "authentication_error", "invalid x-api-key")
-    return world.org("anthropic", key)
+    return world.org(VENDOR, key)
 
 
 def _instant(query: Query, name: str) -> int | None:
@@ -534,28 +542,111 @@ def _add_model(record: Json, model: str | None, counts: tuple[int, ...]) -> None
 
 
 def _users(org: Org, query: Query) -> Json:
-    query.only(("limit", "after_id", "before_id", "email"))
-    people = {key.user: key.email for key in org.cast.keys}
+    query.only((*_LISTING, "email"))
+    people = {key.user: key.email for key in org.cast.keys if key.user not in org.gone}
     rows: list[Json] = [
         {
             "id": user,
             "type": "user",
             "email": email,
-            "name": email.partition("@")[0],
+            "name": org.name_of(user, email.partition("@")[0]),
             "role": "developer",
             "added_at": _time(org.history_from),
         }
         for user, email in people.items()
+        if query.one("email") in {None, email}
     ]
-    limit, after = _limit(query, 20, 1000), query.one("after_id")
+    return _listing(rows, query)
+
+
+def _workspaces(org: Org, query: Query) -> Json:
+    """The default workspace is not listed: it has neither a name nor, in the legacy reports, an id."""
+    query.only((*_LISTING, "include_archived"))
+    rows: list[Json] = [
+        {
+            "id": workspace,
+            "type": "workspace",
+            "name": org.name_of(workspace, f"workspace {n}"),
+            "created_at": _time(org.history_from),
+            "archived_at": _time(org.created_at) if workspace in org.gone else None,
+            "display_color": "#6C5BB9",
+            "compartment_id": token(workspace),
+            "data_residency": {
+                "allowed_inference_geos": "unrestricted",
+                "default_inference_geo": "global",
+                "workspace_geo": "us",
+            },
+            "external_key_id": None,
+            "tags": {},
+            "user_profile_id": None,
+        }
+        for n, workspace in enumerate(org.cast.projects)
+        if n and (workspace not in org.gone or query.one("include_archived") == "true")
+    ]
+    return _listing(rows, query)
+
+
+def _api_keys(org: Org, query: Query) -> Json:
+    """All keys, also those that are no longer in use: Anthropic archives a key, and never deletes one."""
+    query.only((*_LISTING, "status", "workspace_id", "created_by_user_id"))
+    wanted = {name: query.one(name) for name in ("status", "workspace_id")}
+    rows: list[Json] = [
+        {
+            "id": key.id,
+            "type": "api_key",
+            "name": org.name_of(key.id, key.name),
+            "created_at": _time(org.history_from),
+            "created_by": {"id": key.user, "type": "user"},
+            "expires_at": None,
+            "partial_key_hint": f"sk-ant-api03-{(key.id or '')[-3:]}...AA",
+            "principal": None,
+            "scope": {"type": "workspace", "workspace_id": key.project},
+            "status": "archived" if key.id in org.gone else "active",
+            "workspace_id": None if key.project == org.cast.projects[0] else key.project,
+        }
+        for key in org.cast.keys
+        if query.one("created_by_user_id") in {None, key.user}
+    ]
+    return _listing([row for row in rows if all(value in {None, row[name]} for name, value in wanted.items())], query)
+
+
+def _listing(rows: list[Json], query: Query) -> Json:
+    limit, after, before = _limit(query, 20, 1000), query.one("after_id"), query.one("before_id")
     ids = [row["id"] for row in rows]
-    if after is not None and after not in ids:
-        raise _invalid("after_id: no such user")
-    start = 0 if after is None else ids.index(after) + 1
-    shown = rows[start : start + limit]
+    for name, anchor in (("after_id", after), ("before_id", before)):
+        if anchor is not None and anchor not in ids:
+            raise _invalid(f"{name}: no such object")
+    if before is not None:
+        end = ids.index(before)
+        start = max(0, end - limit)
+        has_more = start > 0
+    else:
+        start = 0 if after is None else ids.index(after) + 1
+        end = start + limit
+        has_more = end < len(rows)
+    shown = rows[start:end]
     return {
         "data": shown,
-        "has_more": start + limit < len(rows),
+        "has_more": has_more,
         "first_id": shown[0]["id"] if shown else None,
         "last_id": shown[-1]["id"] if shown else None,
     }
+
+
+_PREFIXES: dict[IdKind, str] = {"project": "wrkspc_01", "key": "apikey_01", "user": "user_01"}
+VENDOR = Vendor(
+    "anthropic",
+    lambda kind, digits: uuid_of(digits) if kind == "organization" else _PREFIXES[kind] + digits[:24],
+    CHAT["anthropic"],
+    ANTHROPIC,
+    main="messages",
+    bill="cost",
+    make=_anthropic_traffic.make,
+    charge=_anthropic_traffic.charge,
+    key_dim="api_key_id",
+    unpriced={"model": "claude-next-9-20261101"},
+    novel={"service_tier": "priority_plus"},
+    credit={"description": "Credit"},
+    says_529=True,
+)
+SERVICE = Service(VENDOR, (PREFIX,), answer, error_body)

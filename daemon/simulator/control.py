@@ -8,8 +8,9 @@ GET  /_sim/truth?provider=openai&key=KEY[&since=&until=][&source=a&source=b][&wi
     "cache_read_tokens", "cache_write_tokens", "output_tokens", "requests", "quantity", "amount"}]}}.
     Counts are integers, quantity and amount decimal strings (amount in dollars), null where the source has none.
     `since` and `until` bound bucket_start. A boolean dimension is "true" or "false". `group_by` may be empty
-    (`group_by=`), which sums each bucket to one row. Cost sources have days, all others hours unless `width` says so.
-    Sources: completions … web_search_calls and costs; Anthropic: messages (requests null) and cost.
+    (`group_by=`), which sums each bucket to one row. Cost sources have days, most others hours unless `width` says so.
+    Sources: completions … web_search_calls and costs; Anthropic: messages (requests null) and cost; OpenRouter:
+    activity and costs, both by the day; LiteLLM: logs and activity, its days.
 GET  /_sim/truth?totals=1[&provider=][&key=][&since=&until=]
     {"now", "orgs": [{"provider", "key", "org_id", "sources": {NAME: {…sums…, "buckets": N}}}]}; without `key`, all
     organisations made so far. vector_stores is a level: its total is that of the newest bucket.
@@ -34,10 +35,10 @@ import msgspec
 
 from daemon.domain.window import from_epoch, parse_rfc3339, rfc3339, to_epoch
 from daemon.simulator import scenarios
-from daemon.simulator.catalogue import PROVIDERS, Provider
+from daemon.simulator.catalogue import DAY, WIDTHS, Provider
 from daemon.simulator.faults import Fault, RandomFaults
-from daemon.simulator.openai import WIDTHS
-from daemon.simulator.traffic import Profile
+from daemon.simulator.registry import SERVICES
+from daemon.simulator.traffic import Profile, Vendor
 from daemon.simulator.wire import Query, RefusedError, Reply, Request, encode
 from daemon.simulator.world import FOREVER, Org, World, totals_of, truth_rows, truth_totals
 
@@ -98,12 +99,12 @@ def _answer(simulator: Simulator, request: Request) -> object:
             return _set_up(world, _body(request, _Setup))
         case "POST", "grow":
             grow = _body(request, _Grow)
-            org = world.org(grow.provider, grow.key)
+            org = world.org(SERVICES[grow.provider].vendor, grow.key)
             now = world.clock.now()
             return {"added": totals_of(org, org.grow(grow.requests, now - now % 3600, now + 1))}
         case "POST", "scenario":
             asked = _body(request, scenarios.Scenario)
-            return scenarios.play(world.org(asked.provider, asked.key), asked)
+            return scenarios.play(world.org(SERVICES[asked.provider].vendor, asked.key), asked)
         case "POST", "faults":
             simulator.faults.set_random(_body(request, RandomFaults))
             return {}
@@ -147,7 +148,11 @@ def _set_up(world: World, setup: _Setup) -> object:
         raise ValueError(f"{setup.key} is in use already: its profile stands")
     world.profiles[setup.provider, setup.key] = profile
     made = {"profile": msgspec.to_builtins(profile)}
-    return made if setup.key is None else {"org_id": world.org(setup.provider, setup.key).cast.org_id, **made}
+    return (
+        made
+        if setup.key is None
+        else {"org_id": world.org(SERVICES[setup.provider].vendor, setup.key).cast.org_id, **made}
+    )
 
 
 def _range(query: Query) -> tuple[int, int]:
@@ -155,12 +160,12 @@ def _range(query: Query) -> tuple[int, int]:
     return to_epoch(parse_rfc3339(since)) if since else 0, to_epoch(parse_rfc3339(until)) if until else FOREVER
 
 
-def _provider(query: Query) -> Provider:
+def _vendor(query: Query) -> Vendor:
     named = query.one("provider")
-    for provider in PROVIDERS:
+    for provider, service in SERVICES.items():
         if provider == named:
-            return provider
-    raise ValueError(f"provider: one of {', '.join(PROVIDERS)}")
+            return service.vendor
+    raise ValueError(f"provider: one of {', '.join(SERVICES)}")
 
 
 def _names(org: Org, query: Query) -> list[str]:
@@ -172,7 +177,7 @@ def _names(org: Org, query: Query) -> list[str]:
 
 
 def _truth(world: World, query: Query) -> object:
-    org = world.org(_provider(query), query.one("key") or "")
+    org = world.org(_vendor(query), query.one("key") or "")
     since, until = _range(query)
     width = query.one("width")
     if width is not None and width not in WIDTHS:
@@ -184,7 +189,7 @@ def _truth(world: World, query: Query) -> object:
             name,
             since,
             until,
-            width_s=None if width is None or org.sources[name].is_cost else WIDTHS[width],
+            width_s=None if width is None or org.sources[name].step == DAY else WIDTHS[width],
             group_by=None if group_by is None else [dim for dim in group_by if dim in org.sources[name].dims],
         )
         for name in _names(org, query)
@@ -203,7 +208,7 @@ def _totals(world: World, query: Query) -> object:
     key = query.one("key")
     named = query.one("provider")
     if key is not None:
-        orgs = [world.org(_provider(query), key)]
+        orgs = [world.org(_vendor(query), key)]
     else:
         orgs = [org for org in world.orgs.values() if named in {None, org.provider}]
     listed = []

@@ -10,10 +10,8 @@ from email.utils import formatdate
 
 import msgspec
 
-from daemon.simulator import anthropic, openai
-from daemon.simulator.catalogue import Provider
-from daemon.simulator.traffic import HOUR
-from daemon.simulator.wire import Breakage, Page, RefusedError, Reply, Request
+from daemon.simulator.catalogue import HOUR, Provider
+from daemon.simulator.wire import Breakage, Page, RefusedError, Reply, Request, Service
 
 ALL_TRANSIENT = ("429", "500", "502", "503", "timeout", "truncated_body", "slow_drip", "reset_after_headers")
 _STATUSES = {
@@ -91,19 +89,19 @@ class Faults:
         self.queued.clear()
         self._random = None
 
-    def harm(self, provider: Provider, key: str, request: Request, reply: Reply, now: int) -> None:
+    def harm(self, service: Service, key: str, request: Request, reply: Reply, now: int) -> None:
         """Break `reply` when its turn has come. Only good answers are broken."""
         if reply.status != 200:
             return
-        fault = self._next(provider, key, request, reply)
+        fault = self._next(service, key, request, reply)
         if fault is not None:
             self.served[fault.kind] += 1
-            KINDS[fault.kind](_Hit(fault, provider, reply, now))
+            KINDS[fault.kind](_Hit(fault, service, reply, now))
 
-    def _next(self, provider: Provider, key: str, request: Request, reply: Reply) -> Fault | None:
+    def _next(self, service: Service, key: str, request: Request, reply: Reply) -> Fault | None:
         for fault in self.queued:
             if (
-                (fault.provider is None or fault.provider == provider)
+                fault.provider in {None, service.vendor.provider}
                 and (fault.key is None or fault.key == key)
                 and fault.path_contains in request.path
                 and fault.query_contains in request.query
@@ -119,7 +117,7 @@ class Faults:
         chance = self._random
         if chance is None or self._rng.random() >= chance.rate:
             return None
-        kinds = [kind for kind in chance.kinds if kind != "529" or provider == "anthropic"]
+        kinds = [kind for kind in chance.kinds if kind != "529" or service.vendor.says_529]
         fault = Fault(
             kind=kinds[int(self._rng.random() * len(kinds))],
             retry_after=chance.retry_after,
@@ -135,7 +133,7 @@ class _Hit:
     """A fault that has found its answer."""
 
     fault: Fault
-    provider: Provider
+    service: Service
     reply: Reply
     now: int
 
@@ -143,6 +141,10 @@ class _Hit:
     def page(self) -> Page:
         assert self.reply.page is not None
         return self.reply.page
+
+    def cursor(self, position: int) -> str:
+        assert self.page.cursor is not None
+        return self.page.cursor(position)
 
 
 _Harm = Callable[[_Hit], None]
@@ -153,11 +155,11 @@ def _applies(fault: Fault, reply: Reply) -> bool:
     page = reply.page
     match fault.kind:
         case "truncated_chain" | "grow_between_pages":
-            return page is not None and bool(page.body["has_more"])
+            return page is not None and page.has_more
         case "empty_past_end":
-            return page is not None and not page.body["has_more"]
+            return page is not None and page.cursor is not None and not page.has_more
         case "repeat_cursor" | "has_more_without_cursor":
-            return page is not None
+            return page is not None and page.cursor is not None
         case "result_field":
             return page is not None and any("results" in bucket for bucket in page.body["data"])
         case "drop_rows":
@@ -170,12 +172,7 @@ def _refuse(hit: _Hit) -> None:
     fault, reply = hit.fault, hit.reply
     kind, code, message = _STATUSES[fault.kind]
     status = int(fault.kind)
-    if hit.provider == "openai":
-        types = {429: "requests", 401: "invalid_request_error", 403: "invalid_request_error"}
-        reply.body = openai.error_body(RefusedError(status, types.get(status, "server_error"), message, code=code))
-    else:
-        request_id = dict(reply.headers).get("request-id", "")
-        reply.body = anthropic.error_body(RefusedError(status, kind, message), request_id)
+    reply.body = hit.service.error_body(RefusedError(status, kind, message, code=code), reply)
     reply.status, reply.page = status, None
     if status in {429, 503, 529}:
         match fault.retry_after:
@@ -211,7 +208,7 @@ def _break(hit: _Hit) -> None:
 
 
 def _repeat_cursor(hit: _Hit) -> None:
-    hit.page.body |= {"has_more": True, "next_page": hit.page.cursor(hit.page.position)}
+    hit.page.body |= {"has_more": True, "next_page": hit.cursor(hit.page.position)}
 
 
 def _without_cursor(hit: _Hit) -> None:
@@ -220,11 +217,11 @@ def _without_cursor(hit: _Hit) -> None:
 
 def _empty_past_end(hit: _Hit) -> None:
     """The last page names a next one, and so does each empty page after it."""
-    hit.page.body |= {"has_more": True, "next_page": hit.page.cursor(hit.page.end + HOUR)}
+    hit.page.body |= {"has_more": True, "next_page": hit.cursor(hit.page.end + HOUR)}
 
 
 def _truncated_chain(hit: _Hit) -> None:
-    hit.page.body |= {"has_more": False, "next_page": None}
+    hit.page.end_here()
 
 
 def _grow(hit: _Hit) -> None:

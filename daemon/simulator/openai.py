@@ -6,13 +6,9 @@ Source: openai/openai-openapi of 21 August 2026 and the official SDK 3.54 for th
 
 from __future__ import annotations
 
-from decimal import Decimal
-
-import msgspec
-
-from daemon.simulator import catalogue
-from daemon.simulator.catalogue import OPENAI, Source
-from daemon.simulator.traffic import DAY, token
+from daemon.simulator import _openai_traffic, catalogue
+from daemon.simulator.catalogue import CHAT, DAY, OPENAI, WIDTHS, Source
+from daemon.simulator.traffic import IdKind, Vendor, token
 from daemon.simulator.wire import (
     Headers,
     Json,
@@ -22,15 +18,17 @@ from daemon.simulator.wire import (
     RefusedError,
     Reply,
     Request,
+    Service,
     bearer,
     encode,
+    halves,
     matcher,
+    money,
     read_cursor,
     write_cursor,
 )
 from daemon.simulator.world import Dims, Org, World, group
 
-WIDTHS = {"1m": 60, "1h": 3600, "1d": DAY}
 LIMITS = {"1m": (60, 1440), "1h": (24, 168), "1d": (7, 31)}
 COSTS_LIMIT = (7, 180)
 COSTS_CLAMPED = 31
@@ -46,6 +44,12 @@ _FILTERS = {
 }  # fmt: skip
 _REPORT_PARAMS = ("start_time", "end_time", "bucket_width", "limit", "page", "group_by")
 _NAMES = {"requests": "num_model_requests"}
+# What this API calls the kinds of error that the others have, too.
+_KINDS = {
+    "rate_limit_error": "requests", "authentication_error": "invalid_request_error",
+    "permission_error": "invalid_request_error", "api_error": "server_error", "timeout_error": "server_error",
+    "overloaded_error": "server_error",
+}  # fmt: skip
 _OPTIONAL_TOKENS = (
     "input_cached_tokens", "input_cache_write_tokens", "input_cache_write_30m_tokens", "input_cache_write_12h_tokens",
     "input_uncached_tokens", "input_text_tokens", "input_audio_tokens", "input_image_tokens",
@@ -79,11 +83,14 @@ def answer(world: World, request: Request) -> Reply:
                 raise RefusedError(404, "invalid_request_error", f"Unknown request URL: GET {request.path}.")
         return Reply(headers=headers, page=page)
     except RefusedError as refused:
-        return Reply(refused.status, error_body(refused), headers)
+        reply = Reply(refused.status, headers=headers)
+        reply.body = error_body(refused, reply)
+        return reply
 
 
-def error_body(refused: RefusedError) -> bytes:
-    error = {"message": refused.message, "type": refused.kind, "param": refused.param, "code": refused.code}
+def error_body(refused: RefusedError, _: Reply) -> bytes:
+    kind = _KINDS.get(refused.kind, refused.kind)
+    error = {"message": refused.message, "type": kind, "param": refused.param, "code": refused.code}
     return encode({"error": error})
 
 
@@ -102,7 +109,7 @@ def _authenticate(world: World, request: Request) -> Org:
         raise RefusedError(
             401, "invalid_request_error", f"Incorrect API key provided: {key[:6]}***.", code="invalid_api_key"
         )
-    return world.org("openai", key)
+    return world.org(VENDOR, key)
 
 
 def _report(org: Org, source: Source, query: Query) -> Page:
@@ -206,9 +213,9 @@ def _bucket(org: Org, source: Source, start: int, end: int, shown: tuple[str, ..
     cells = org.cells(source.name, start, end)
     rows = [_row(org, source, shown, dims, counts) for dims, counts in group(source, cells, shown, keep).items()]
     if org.wire.duplicate_rows:
-        rows = [part for row in rows for part in _halves(row)]
+        rows = [part for row in rows for part in halves(row)]
     for row in rows if org.wire.money_format != "number" and source.is_cost else ():
-        row["amount"]["value"] = _money(row["amount"]["value"], org.wire.money_format)
+        row["amount"]["value"] = money(row["amount"]["value"], org.wire.money_format)
     return {"object": "bucket", "start_time": start, "end_time": end, "results": rows}
 
 
@@ -262,29 +269,6 @@ def _tokens(counts: tuple[int, ...]) -> Json:
     }
 
 
-def _halves(row: Json) -> tuple[Json, Json]:
-    """The same dimensions twice, whose counts add up to `row`."""
-    first, second = dict(row), dict(row)
-    for name, value in row.items():
-        if name == "amount":
-            half = value["value"] / 2
-            first[name] = value | {"value": half}
-            second[name] = value | {"value": value["value"] - half}
-        elif isinstance(value, int) and not isinstance(value, bool):
-            first[name], second[name] = value // 2, value - value // 2
-    return first, second
-
-
-def _money(value: Decimal, style: str) -> str | msgspec.Raw:
-    match style:
-        case "string":
-            return format(value, ".40f")
-        case "exponent":
-            return msgspec.Raw(format(value, "e").encode())
-        case _:
-            raise ValueError(f"no such money format: {style}")
-
-
 def _listing(rows: list[Json], query: Query) -> Json:
     limit = query.whole("limit") or 20
     if not 1 <= limit <= 100:
@@ -310,24 +294,25 @@ def _projects(org: Org, query: Query) -> Json:
         {
             "id": project,
             "object": "organization.project",
-            "name": f"project {n}",
+            "name": org.name_of(project, f"project {n}"),
             "created_at": org.history_from,
-            "archived_at": None,
-            "status": "active",
+            "archived_at": org.created_at if project in org.gone else None,
+            "status": "archived" if project in org.gone else "active",
         }
         for n, project in enumerate(org.cast.projects)
+        if project not in org.gone or query.one("include_archived") == "true"
     ]
     return _listing(rows, query)
 
 
 def _users(org: Org, query: Query) -> Json:
     query.only(("limit", "after", "emails"))
-    people = {key.user: key.email for key in org.cast.keys}
+    people = {key.user: key.email for key in org.cast.keys if key.user not in org.gone}
     rows: list[Json] = [
         {
             "object": "organization.user",
             "id": user,
-            "name": email.partition("@")[0],
+            "name": org.name_of(user, email.partition("@")[0]),
             "email": email,
             "role": "reader",
             "added_at": org.history_from,
@@ -343,7 +328,7 @@ def _keys(org: Org, project: str, query: Query) -> Json:
         {
             "object": "organization.project.api_key",
             "redacted_value": f"sk-proj-***{(key.id or '')[-4:]}",
-            "name": key.name,
+            "name": org.name_of(key.id, key.name),
             "created_at": org.history_from,
             "last_used_at": org.history_from,
             "id": key.id,
@@ -352,7 +337,7 @@ def _keys(org: Org, project: str, query: Query) -> Json:
                 "type": "user",
                 "user": {
                     "id": key.user,
-                    "name": key.email.partition("@")[0],
+                    "name": org.name_of(key.user, key.email.partition("@")[0]),
                     "email": key.email,
                     "role": "member",
                     "created_at": org.history_from,
@@ -360,6 +345,24 @@ def _keys(org: Org, project: str, query: Query) -> Json:
             },
         }
         for key in org.cast.keys
-        if key.project == project
+        if key.project == project and key.id not in org.gone
     ]
     return _listing(rows, query)
+
+
+_PREFIXES: dict[IdKind, str] = {"organization": "org-", "project": "proj_", "key": "key_", "user": "user-"}
+VENDOR = Vendor(
+    "openai",
+    lambda kind, digits: _PREFIXES[kind] + digits[:24],
+    CHAT["openai"],
+    OPENAI,
+    main="completions",
+    bill="costs",
+    make=_openai_traffic.make,
+    charge=_openai_traffic.charge,
+    key_dim="api_key_id",
+    unpriced={"model": "gpt-9-preview-2026-11-01"},
+    novel={"service_tier": "turbo"},
+    credit={"line_item": "credit grant", "api_source": "unlabeled"},
+)
+SERVICE = Service(VENDOR, (PREFIX,), answer, error_body)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
 
 from daemon.domain.window import from_epoch, parse_rfc3339, rfc3339, to_epoch
-from daemon.simulator.catalogue import COST_SOURCE, MAIN_SOURCE, PICO, Provider, Source
-from daemon.simulator.traffic import DAY, HOUR, Event, token
+from daemon.simulator.catalogue import DAY, HOUR, PICO, Provider, Source
+from daemon.simulator.traffic import Event, token
 from daemon.simulator.world import Cells, Dims, Edit, Org, truth_rows
 
-NEW_MODEL = {"openai": "gpt-9-preview-2026-11-01", "anthropic": "claude-next-9-20261101"}
-NEW_TIER = {"openai": "turbo", "anthropic": "priority_plus"}
+_CREDITED = ("amount", "list_amount")
 _WIRE_FLAGS = ("duplicate_rows", "missing_optional_fields", "unknown_fields", "clamp_limit", "refuse_future_end")
 
 
@@ -27,7 +26,8 @@ class Scenario(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         bucket: RFC 3339 start of the hour (day for a cost source); default the newest closed one that fits.
         where: dimensions that the row must have, null included.
         set: dimensions that a new event gets, over those of the row it is modelled on.
-        dim, value: what `attribute` and `relabel_model` write, and the text of `hostile_text`.
+        dim, value: what `attribute` and `relabel_model` write, the text of `hostile_text`, the new name of `rename`.
+        id: what `rename` and `delete` are about; default the first API key.
         format: of `money_format`: number, string or exponent.
         enabled: False takes a wire format back.
         tokens: size of a new event's first count; default seeded.
@@ -44,6 +44,7 @@ class Scenario(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     set: dict[str, str | None] = {}
     dim: str | None = None
     value: str | None = None
+    id: str | None = None
     format: str = "number"
     enabled: bool = True
     tokens: int | None = None
@@ -77,6 +78,8 @@ def play(org: Org, asked: Scenario) -> dict[str, object]:
             raise ValueError(f"no such money format: {asked.format}")
         org.wire.money_format = asked.format
         return {"action": asked.action, "format": asked.format}
+    if asked.action in {"rename", "delete"}:
+        return _renamed(org, asked)
     if asked.action == "restore":
         edit = next((edit for edit in reversed(org.edits) if asked.edit in {None, edit.id}), None)
         if edit is None:
@@ -85,15 +88,28 @@ def play(org: Org, asked: Scenario) -> dict[str, object]:
     return _reported(org, _edit(org, asked), asked.action, undo=False)
 
 
+def _renamed(org: Org, asked: Scenario) -> dict[str, object]:
+    """A project, key or person goes by another name, or is gone; their usage stays."""
+    subject = asked.id or org.cast.keys[0].id
+    known = {*org.cast.projects, *(key.id for key in org.cast.keys), *(key.user for key in org.cast.keys)}
+    if subject is None or subject not in known:
+        raise ValueError(f"no such project, key or person: {subject}")
+    if asked.action == "delete":
+        org.gone.add(subject)
+    else:
+        org.renamed[subject] = asked.value or f"renamed {len(org.renamed)}"
+    return {"action": asked.action, "id": subject, "name": org.renamed.get(subject)}
+
+
 def _edit(org: Org, asked: Scenario) -> Edit:
     """The edit, not yet made."""
     match asked.action:
         case "late_arrival":
             return _arrival(org, asked, {})
         case "new_enum_value":
-            return _arrival(org, asked, {"service_tier": asked.value or NEW_TIER[org.provider]})
+            return _arrival(org, asked, _chosen(org.vendor.novel, asked))
         case "unpriced_model":
-            return _arrival(org, asked, {"model": asked.value or NEW_MODEL[org.provider]})
+            return _arrival(org, asked, _chosen(org.vendor.unpriced, asked))
         case "hostile_text":
             return _arrival(org, asked, {"model": "gpt\x00'\"\\-\u202e" if asked.value is None else asked.value})
         case "equal_amounts":
@@ -121,9 +137,15 @@ def _edit(org: Org, asked: Scenario) -> Edit:
             raise ValueError(f"no such action: {asked.action}")
 
 
+def _chosen(written: Mapping[str, str], asked: Scenario) -> dict[str, str | None]:
+    """What a scenario writes into an event; `value` takes the place of the first of it."""
+    first = next(iter(written))
+    return {**written, first: asked.value or written[first]}
+
+
 def _reported(org: Org, edit: Edit, action: str, *, undo: bool) -> dict[str, object]:
-    cost = COST_SOURCE[org.provider]
-    shown = [cost] if edit.source in {cost, "unreported"} else [edit.source, cost]
+    bill = org.vendor.bill
+    shown = [bill] if edit.source in {bill, "unreported"} else [edit.source, bill]
     low, high = min(edit.hours), max(edit.hours) + HOUR
 
     def rows() -> list[dict[str, object]]:
@@ -146,7 +168,7 @@ def _reported(org: Org, edit: Edit, action: str, *, undo: bool) -> dict[str, obj
 
 
 def _candidates(org: Org, asked: Scenario, source: Source) -> Iterable[tuple[int, int, Cells]]:
-    step = DAY if source.is_cost else HOUR
+    step = source.step
     if asked.bucket is not None:
         at = to_epoch(parse_rfc3339(asked.bucket))
         yield at - at % step, step, org.cells(source.name, at - at % step, at - at % step + step)
@@ -173,7 +195,7 @@ def _pick(org: Org, asked: Scenario, fits: dict[str, str | None] | None = None) 
 
 
 def _source(org: Org, asked: Scenario) -> Source:
-    name = asked.source or MAIN_SOURCE[org.provider]
+    name = asked.source or org.vendor.main
     if name not in org.sources:
         raise ValueError(f"no such source: {name}")
     return org.sources[name]
@@ -189,7 +211,8 @@ def _new(org: Org, asked: Scenario, action_set: dict[str, str | None]) -> tuple[
     """One more event of a closed bucket (the newest by default), visible from now on."""
     source = _source(org, asked)
     now = org.clock.now()
-    at = to_epoch(parse_rfc3339(asked.bucket)) if asked.bucket else now // HOUR * HOUR - HOUR
+    step = HOUR if source.is_cost else source.step
+    at = to_epoch(parse_rfc3339(asked.bucket)) if asked.bucket else now // step * step - HOUR
     made = org.make(1, at - at % HOUR, HOUR, sources=(source.name if not source.is_cost else "unreported",))
     event = made[0][1]
     dims = list(event.dims)
@@ -207,18 +230,21 @@ def _arrival(org: Org, asked: Scenario, action_set: dict[str, str | None]) -> Ed
 def _equal_amounts(org: Org, asked: Scenario) -> Edit:
     """Two rows of one bucket that differ in their key alone, and in that from every other row."""
     source, event = _new(org, asked, {})
-    place = source.at(_dim(source, "api_key_id"))
-    prefix = "key_" if org.provider == "openai" else "apikey_01"
-    twins = [
-        event._replace(dims=(*event.dims[:place], prefix + token(org.key, org.serial, n), *event.dims[place + 1 :]))
-        for n in range(2)
-    ]
+    places = [source.at(_dim(source, dim)) for dim in (org.vendor.key_dim, source.serial) if dim is not None]
+    twins = []
+    for n in range(2):
+        dims = list(event.dims)
+        for place in places:
+            dims[place] = org.vendor.identify("key", token(org.key, org.serial, n, length=64))
+        twins.append(event._replace(dims=tuple(dims)))
     return org.addition(source.name, twins, asked.action)
 
 
 def _addition(org: Org, asked: Scenario, row: _Row, delta: tuple[int, ...]) -> Edit:
     """A difference that shows from now on; of a level, the new level."""
     now = org.clock.now()
+    named = zip(row.source.counts, delta, strict=True)
+    delta = tuple([0 if name in row.source.fixed else count for name, count in named])
     if row.source.is_level:
         delta = tuple(map(operator.add, row.counts, delta))
     return org.addition(row.source.name, [Event(row.start, max(now, row.start), row.dims, delta)], asked.action)
@@ -237,7 +263,7 @@ def _mapping(
 
 def _attribute(org: Org, asked: Scenario) -> Edit:
     source = _source(org, asked)
-    dim = _dim(source, asked.dim or "api_key_id")
+    dim = _dim(source, asked.dim or org.vendor.key_dim)
     place = source.at(dim)
     row = _pick(org, asked, {dim: None})
     value = asked.value or org.cast.keys[0].id
@@ -273,11 +299,7 @@ def _credit(org: Org, asked: Scenario) -> Edit:
     now = org.clock.now()
     at = to_epoch(parse_rfc3339(asked.bucket)) if asked.bucket else now // DAY * DAY - DAY
     source = org.sources["unreported"]
-    named: dict[str, str | None] = {"line_item": "credit grant", "api_source": "unlabeled"}
-    if org.provider == "anthropic":
-        named = {"description": "Credit", "workspace_id": None}
-    named |= asked.set
+    named: dict[str, str | None] = {**org.vendor.credit, **asked.set}
     dims = tuple(named.get(dim) for dim in source.dims)
-    pico = -asked.amount * PICO
-    counts = (pico, 0) if org.provider == "openai" else (pico, pico, 0)
+    counts = tuple(-asked.amount * PICO if name in _CREDITED else 0 for name in source.counts)
     return org.addition("unreported", [Event(at, max(now, at), dims, counts)], asked.action)

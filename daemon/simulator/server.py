@@ -11,8 +11,9 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import cast
 
-from daemon.simulator import anthropic, control, openai
+from daemon.simulator import control
 from daemon.simulator.faults import Faults
+from daemon.simulator.registry import SERVICES
 from daemon.simulator.wire import Breakage, Reply, Request, bearer, encode
 from daemon.simulator.world import World
 
@@ -23,7 +24,7 @@ _DRIP_PIECES = 12
 
 
 class Simulator:
-    """Both providers and the control interface, behind one function from request to reply."""
+    """All providers and the control interface, behind one function from request to reply."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -35,19 +36,14 @@ class Simulator:
         path = request.path
         if path.startswith("/_sim/"):
             return control.answer(self, request)
-        for provider, prefix, answer in (
-            ("openai", openai.PREFIX, openai.answer),
-            ("anthropic", anthropic.PREFIX, anthropic.answer),
-        ):
+        for provider, service in SERVICES.items():
             plain = path.removeprefix("/" + provider)
-            if not plain.startswith(prefix):
+            if not plain.startswith(service.prefixes):
                 continue
             asked = Request(request.method, plain, request.query, request.headers, request.body)
-            reply = answer(self.world, asked)
+            reply = service.answer(self.world, asked)
             key = request.headers.get("x-api-key", "") or bearer(request)
-            self.faults.harm(
-                "openai" if provider == "openai" else "anthropic", key, asked, reply, self.world.clock.now()
-            )
+            self.faults.harm(service, key, asked, reply, self.world.clock.now())
             self.requests[plain] += 1
             self.statuses[str(reply.status)] += 1
             return reply

@@ -1,4 +1,4 @@
-"""What both wire formats share: requests, replies, queries, cursors, and faithful JSON."""
+"""What the wire formats share: requests, replies, queries, cursors, and faithful JSON."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import hashlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 from urllib.parse import parse_qsl
 
 import msgspec
 
-from daemon.simulator.world import Org
+from daemon.simulator.traffic import Vendor
+from daemon.simulator.world import Org, World
 
 _ENCODER = msgspec.json.Encoder(decimal_format="number")
 Json = dict[str, Any]
@@ -38,14 +40,28 @@ class Page:
 
     Attributes:
         position: what the page starts at, in the provider's own units; `end`, what the next one would start at.
-        cursor: an opaque cursor for a position of this same query.
+        cursor: an opaque cursor for a position of this same query; None where pages have numbers, or there is but one.
     """
 
     org: Org
     body: Json
-    position: int
-    end: int
-    cursor: Callable[[int], str]
+    position: int = 0
+    end: int = 0
+    cursor: Callable[[int], str] | None = None
+
+    @property
+    def has_more(self) -> bool:
+        if "total_pages" in self.body:
+            return bool(self.body["page"] < self.body["total_pages"])
+        return bool(self.body.get("has_more"))
+
+    def end_here(self) -> None:
+        """Say that this is the last page, and leave no trace of what is missing."""
+        if "total_pages" in self.body:
+            self.body["total_pages"] = self.body["page"]
+            self.body["total"] = (self.body["page"] - 1) * self.body["page_size"] + len(self.body["data"])
+        else:
+            self.body |= {"has_more": False, "next_page": None}
 
 
 @dataclass(slots=True)
@@ -94,6 +110,22 @@ class RefusedError(Exception):
         self.param = param
         self.code = code
         super().__init__(message)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One provider as the simulator serves it.
+
+    Attributes:
+        prefixes: what the paths of its API begin with.
+        answer: one request below them.
+        error_body: an error as this provider writes it.
+    """
+
+    vendor: Vendor
+    prefixes: tuple[str, ...]
+    answer: Callable[[World, Request], Reply]
+    error_body: Callable[[RefusedError, Reply], bytes]
 
 
 def encode(body: object) -> bytes:
@@ -171,3 +203,27 @@ def matcher(places: Sequence[tuple[int, frozenset[str | None]]]) -> Keep:
     if not places:
         return None
     return lambda dims: all(dims[place] in wanted for place, wanted in places)
+
+
+def money(value: Decimal, style: str) -> str | msgspec.Raw:
+    """Dollars as a string of many digits, or as a number in exponent form."""
+    match style:
+        case "string":
+            return format(value, ".40f")
+        case "exponent":
+            return msgspec.Raw(format(value, "e").encode())
+        case _:
+            raise ValueError(f"no such money format: {style}")
+
+
+def halves(row: Json) -> tuple[Json, Json]:
+    """The same dimensions twice, whose counts and money add up to `row`."""
+    first, second = dict(row), dict(row)
+    for name, value in row.items():
+        if isinstance(value, dict):
+            first[name], second[name] = halves(value)
+        elif isinstance(value, Decimal):
+            first[name], second[name] = value / 2, value - value / 2
+        elif isinstance(value, int) and not isinstance(value, bool):
+            first[name], second[name] = value // 2, value - value // 2
+    return first, second

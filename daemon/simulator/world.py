@@ -16,8 +16,8 @@ from datetime import datetime
 
 from daemon.domain.window import from_epoch, rfc3339, to_epoch
 from daemon.simulator import catalogue, traffic
-from daemon.simulator.catalogue import COST_SOURCE, SOURCES, Provider, Source
-from daemon.simulator.traffic import DAY, HOUR, Event, Profile
+from daemon.simulator.catalogue import DAY, HOUR, WIDTHS, Provider, Source
+from daemon.simulator.traffic import Event, Profile, Vendor
 
 Dims = tuple[str | None, ...]
 Cells = dict[Dims, tuple[int, ...]]
@@ -80,9 +80,14 @@ class _Aggregate:
 
 @dataclass(slots=True)
 class Org:
-    """One organisation, reached by one credential."""
+    """One organisation, reached by one credential.
 
-    provider: Provider
+    Attributes:
+        renamed: what people call a project, key or person now, where that is not the name they began with.
+        gone: identifiers of what was archived or deleted; their past usage stays.
+    """
+
+    vendor: Vendor
     key: str
     seed: int
     profile: Profile
@@ -91,6 +96,8 @@ class Org:
     created_at: int
     wire: Wire = field(default_factory=Wire)
     edits: list[Edit] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
     serial: int = 0
     cast: traffic.Cast = field(init=False)
     _hours: dict[int, dict[str, list[Event]]] = field(default_factory=dict)
@@ -101,11 +108,19 @@ class Org:
     cached_rows: int = 0
 
     def __post_init__(self) -> None:
-        self.cast = traffic.cast(self.provider, self.seed, self.key, self.profile)
+        self.cast = traffic.cast(self.vendor, self.seed, self.key, self.profile)
+
+    @property
+    def provider(self) -> Provider:
+        return self.vendor.provider
 
     @property
     def sources(self) -> Mapping[str, Source]:
-        return SOURCES[self.provider]
+        return self.vendor.sources
+
+    def name_of(self, identifier: str | None, name: str) -> str:
+        """What something is called now that was called `name` at first."""
+        return self.renamed.get(identifier or "", name)
 
     def next_serial(self) -> int:
         self.serial += 1
@@ -145,7 +160,7 @@ class Org:
         if hour < self.history_from or not profile.requests_per_hour or (not profile.live and hour >= self.created_at):
             return
         rng = random.Random(f"{self.seed}/{self.provider}/{self.key}/{hour}")  # noqa: S311  # seeded on purpose
-        made = traffic.hour_events(self.provider, self.cast, profile, rng, hour, profile.requests_per_hour)
+        made = traffic.hour_events(self.vendor, self.cast, profile, rng, hour, profile.requests_per_hour)
         for source, event in sorted(made, key=lambda each: each[1].at):
             if event.at < self.created_at:
                 yield source, event._replace(visible_at=event.at) if profile.reveal_now else event
@@ -161,29 +176,27 @@ class Org:
         return made.get(source, [])
 
     def _make(self, hour: int) -> dict[str, list[Event]]:
-        cost = COST_SOURCE[self.provider]
+        bill = self.vendor.bill
         made: dict[str, list[Event]] = {}
         for source, event in (*self._base(hour), *self._grown.get(hour, ())):
             made.setdefault(source, []).append(event)
         edits = self._edited.get(hour, ())
         for edit in edits:
-            if edit.source != cost:
+            if edit.source != bill:
                 made[edit.source] = edit.apply(hour, made.get(edit.source, []))
-        made[cost] = [
+        made[bill] = [
             charge for source, events in made.items() for event in events for charge in self.charge(source, event)
         ]
         for edit in edits:
-            if edit.source == cost:
-                made[cost] = edit.apply(hour, made[cost])
+            if edit.source == bill:
+                made[bill] = edit.apply(hour, made[bill])
         return made
 
     def charge(self, source: str, event: Event) -> Iterator[Event]:
         """The lines that one event adds to the bill."""
         if event.at >= self.created_at:
             event = event._replace(visible_at=event.visible_at + self.profile.cost_late_s)
-        if self.provider == "openai":
-            return traffic.openai_charges(source, event)
-        return traffic.anthropic_charges(source, event, self.profile)
+        return self.vendor.charge(source, event, self.profile)
 
     def cells(self, source: str, start: int, end: int) -> Cells:
         """What is visible of `start <= at < end`, summed per full set of dimensions. Not to be changed by the caller."""
@@ -237,7 +250,7 @@ class Org:
         """`count` more seeded events in `start <= at < start + span`; they are not part of history yet."""
         rng = random.Random(f"{self.seed}/{self.provider}/{self.key}/more/{self.next_serial()}")  # noqa: S311  # seeded
         profile = replace(self.profile, sources=sources) if sources else self.profile
-        return list(traffic.hour_events(self.provider, self.cast, profile, rng, start, count, span))
+        return list(traffic.hour_events(self.vendor, self.cast, profile, rng, start, count, span))
 
     def grow(self, count: int, start: int, end: int) -> list[tuple[str, Event]]:
         """`count` more seeded events in `start <= at < end`, visible at once: traffic, which no `restore` undoes."""
@@ -268,7 +281,7 @@ class Org:
 
     def starts(self, source: Source, since: int, until: int) -> range:
         """The buckets of the finest grain inside `since <= t < until` that may hold something."""
-        step = DAY if source.is_cost else HOUR
+        step = source.step
         first = max(since - since % step, self.first_hour() // step * step)
         return range(first, min(until, self.clock.now() + 1), step)
 
@@ -301,13 +314,14 @@ class World:
         self.orgs: OrderedDict[tuple[Provider, str], Org] = OrderedDict()
         self._looked_up = 0
 
-    def org(self, provider: Provider, key: str) -> Org:
+    def org(self, vendor: Vendor, key: str) -> Org:
         """The organisation behind a credential, made on first use."""
+        provider = vendor.provider
         org = self.orgs.get((provider, key))
         if org is None:
             profile = self.profiles.get((provider, key)) or self.profiles.get((provider, None)) or Profile()
             start = self.started_at - self.started_at % DAY - profile.history_days * DAY
-            org = Org(provider, key, self.seed, profile, self.clock, start, self.clock.now())
+            org = Org(vendor, key, self.seed, profile, self.clock, start, self.clock.now())
             self.orgs[provider, key] = org
         self.orgs.move_to_end((provider, key))
         self._looked_up += 1
@@ -334,8 +348,8 @@ def truth_rows(
     """What the provider would report of one source, a row per bucket and dimensions, oldest first."""
     source = org.sources[name]
     dims = source.dims[: source.public] if group_by is None else tuple(group_by)
-    step = width_s or (DAY if source.is_cost else HOUR)
-    width = {60: "1m", HOUR: "1h", DAY: "1d"}[step]
+    step = width_s or source.step
+    width = next(name for name, seconds in WIDTHS.items() if seconds == step)
     rows: list[dict[str, object]] = []
     starts = org.starts(source, since, until)
     for start in range(starts.start - starts.start % step, starts.stop, step):
@@ -346,7 +360,7 @@ def truth_rows(
                     "bucket_start": rfc3339(from_epoch(start)),
                     "width": width,
                     "dims": dict(zip(dims, values, strict=True)),
-                    **catalogue.measures(org.provider, source, counts),
+                    **catalogue.measures(source, counts),
                 }
             )
     return rows
@@ -358,19 +372,20 @@ def truth_totals(org: Org, name: str, since: int, until: int) -> dict[str, objec
     sums = (0,) * len(source.counts)
     buckets = 0
     for start in org.starts(source, since, until):
-        cells = org.cells(name, start, start + (DAY if source.is_cost else HOUR))
+        cells = org.cells(name, start, start + source.step)
         if cells:
             buckets += 1
             if source.is_level:
                 sums = (0,) * len(source.counts)
             for counts in cells.values():
                 sums = tuple(map(operator.add, sums, counts))
-    return {**catalogue.measures(org.provider, source, sums), "buckets": buckets}
+    return {**catalogue.measures(source, sums), "buckets": buckets}
 
 
 def totals_of(org: Org, events: Iterable[tuple[str, Event]]) -> dict[str, dict[str, object]]:
     """The sums of some events and of what they cost, per source."""
     sums: dict[str, tuple[int, ...]] = {}
+    bill = org.vendor.bill
 
     def count(source: str, counts: tuple[int, ...]) -> None:
         known = sums.get(source)
@@ -379,6 +394,6 @@ def totals_of(org: Org, events: Iterable[tuple[str, Event]]) -> dict[str, dict[s
     for source, event in events:
         if source != "unreported":
             count(source, event.counts)
-        for charge in org.charge(source, event) if source != COST_SOURCE[org.provider] else ():
-            count(COST_SOURCE[org.provider], charge.counts)
-    return {name: dict(catalogue.measures(org.provider, org.sources[name], counts)) for name, counts in sums.items()}
+        for charge in org.charge(source, event) if source != bill else ():
+            count(bill, charge.counts)
+    return {name: dict(catalogue.measures(org.sources[name], counts)) for name, counts in sums.items()}

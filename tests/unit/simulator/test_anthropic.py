@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from anthropic.types.beta.beta_organization import BetaOrganization
 from anthropic.types.beta.organization.analytics.beta_analytics_cost_item import BetaAnalyticsCostItem
 from anthropic.types.beta.organization.analytics.beta_analytics_usage_item import BetaAnalyticsUsageItem
+from anthropic.types.beta.organization.beta_api_key import BetaAPIKey
 from anthropic.types.beta.organization.beta_organization_user import BetaOrganizationUser
+from anthropic.types.beta.organization.beta_workspace import BetaWorkspace
 
 from tests.unit.simulator.conftest import ANTHROPIC_HEADERS, Sim
 
@@ -172,3 +175,41 @@ async def test_claude_code_reports_one_day_an_hour_behind(sim: Sim) -> None:
                            "&products[]=claude_code")  # fmt: skip
     output = sum(model["tokens"]["output"] for record in records for model in record["model_breakdown"])
     assert output == cells["data"][0]["usage"]["output_tokens"]
+
+
+async def listed(sim: Sim, path: str) -> list[dict[str, Any]]:
+    """All pages of a list, one item a page."""
+    found: list[dict[str, Any]] = []
+    body = await sim.json(f"{BASE}{path}limit=1")
+    while True:
+        found += body["data"]
+        if not body["has_more"]:
+            return found
+        body = await sim.json(f"{BASE}{path}limit=1&after_id={body['last_id']}")
+
+
+async def test_lists_of_names_validate_and_page_both_ways(sim: Sim) -> None:
+    profile = {"projects": 3, "keys": 5}
+    await sim.control("POST", "orgs", {"provider": "anthropic", "key": "sk-ant-admin01-test", "profile": profile})
+    workspaces, keys, users = [await listed(sim, path + "?") for path in ("workspaces", "api_keys", "users")]
+    assert (len(workspaces), len(keys), len(users)) == (2, 5, 3)  # the default workspace is not listed
+    for workspace in workspaces:
+        BetaWorkspace.model_validate(workspace)
+    for key in keys:
+        BetaAPIKey.model_validate(key)
+    assert {key["workspace_id"] for key in keys} == {None, *(workspace["id"] for workspace in workspaces)}
+    body = await sim.json(f"{BASE}api_keys?limit=2&before_id={keys[4]['id']}")
+    assert ([row["id"] for row in body["data"]], body["has_more"]) == ([keys[2]["id"], keys[3]["id"]], True)
+    assert (await sim.get(f"{BASE}workspaces?after_id=nothing")).status_code == 400
+
+
+async def test_what_is_archived_is_listed_where_it_is_asked_for(sim: Sim) -> None:
+    (workspace,), (key, *_) = await listed(sim, "workspaces?"), await listed(sim, "api_keys?")
+    for subject in (workspace, key):
+        await sim.scenario("anthropic", "delete", id=subject["id"])
+    await sim.scenario("anthropic", "rename", id=key["id"], value="robot")
+    assert not await listed(sim, "workspaces?")
+    (archived,) = await listed(sim, "workspaces?include_archived=true&")
+    assert archived["archived_at"] is not None
+    (gone,) = await listed(sim, "api_keys?status=archived&")
+    assert (gone["id"], gone["name"]) == (key["id"], "robot")

@@ -96,6 +96,22 @@ async def test_listings_validate_and_page(sim: Sim) -> None:
     ProjectAPIKey.model_validate(keys["data"][0])
 
 
+async def test_archived_projects_and_deleted_keys_leave_the_lists_but_not_the_reports(sim: Sim) -> None:
+    base = "/v1/organization/projects"
+    project, other = (await sim.json(base))["data"]
+    key, *_ = (await sim.json(f"{base}/{project['id']}/api_keys"))["data"]
+    for subject in (other, key):
+        await sim.scenario("openai", "delete", id=subject["id"])
+    await sim.scenario("openai", "rename", id=project["id"], value="robots")
+    assert [row["name"] for row in (await sim.json(base))["data"]] == ["robots"]
+    kept = (await sim.json(f"{base}?include_archived=true"))["data"]
+    assert [row["status"] for row in kept] == ["active", "archived"]
+    Project.model_validate(kept[1])
+    assert key["id"] not in {row["id"] for row in (await sim.json(f"{base}/{project['id']}/api_keys"))["data"]}
+    reported = await sim.chain(path("completions") + "&group_by=api_key_id")
+    assert key["id"] in {row["api_key_id"] for bucket in reported for row in bucket["results"]}
+
+
 async def test_input_is_the_sum_of_its_disjoint_classes(sim: Sim) -> None:
     await sim.control(
         "POST", "orgs", {"provider": "openai", "key": "sk-admin-test", "profile": {"models": ["gpt-6-sol"]}}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from daemon.simulator.scenarios import NEW_MODEL, NEW_TIER
+from daemon.simulator.registry import SERVICES
 from tests.unit.simulator.conftest import Sim, at
 
 pytestmark = pytest.mark.anyio
@@ -178,15 +178,15 @@ async def test_optional_fields_go_missing_and_unknown_ones_appear(sim: Sim, prov
 
 @both
 @pytest.mark.parametrize(
-    ("action", "dim", "names"),
-    [("new_enum_value", "service_tier", NEW_TIER), ("unpriced_model", "model", NEW_MODEL)],
+    ("action", "dim", "written"),
+    [("new_enum_value", "service_tier", "novel"), ("unpriced_model", "model", "unpriced")],
 )
 async def test_values_nobody_knows_appear_and_cost_money(
-    sim: Sim, provider: str, action: str, dim: str, names: dict[str, str]
+    sim: Sim, provider: str, action: str, dim: str, written: str
 ) -> None:
     paid = await bill(sim, provider)
     await sim.scenario(provider, action)
-    assert names[provider] in {row[dim] for row in await rows(sim, provider)}
+    assert getattr(SERVICES[provider].vendor, written)[dim] in {row[dim] for row in await rows(sim, provider)}
     assert await bill(sim, provider) > paid
 
 

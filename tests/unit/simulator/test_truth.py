@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from daemon.simulator.catalogue import OPENAI
+from daemon.simulator.openai import VENDOR as OPENAI_VENDOR
 from daemon.simulator.server import Simulator
 from daemon.simulator.wire import Request
 from daemon.simulator.world import Clock, World
@@ -181,7 +182,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_was_asked_before() -> None:
 
 def test_keys_are_organisations_of_their_own() -> None:
     world = World(1, Clock(instant(NOW), frozen=True))
-    orgs = [world.org("openai", f"sk-admin-{n}") for n in range(3)]
+    orgs = [world.org(OPENAI_VENDOR, f"sk-admin-{n}") for n in range(3)]
     assert len({org.cast.org_id for org in orgs}) == 3
     assert len({str(org.cells("completions", START, START + 86400)) for org in orgs}) == 3
 
@@ -284,8 +285,10 @@ def test_memory_is_bounded_and_what_was_forgotten_comes_again(monkeypatch: pytes
     monkeypatch.setattr("daemon.simulator.world._EVENTS_MAX", 2_000)
     monkeypatch.setattr("daemon.simulator.world._ROWS_MAX", 3_000)
     world = World(1, Clock(instant(NOW), frozen=True))
-    first = {n: dict(world.org("openai", f"sk-admin-{n}").cells("costs", START, START + 86400)) for n in range(600)}
+    first = {
+        n: dict(world.org(OPENAI_VENDOR, f"sk-admin-{n}").cells("costs", START, START + 86400)) for n in range(600)
+    }
     assert sum(org.cached_events > 0 for org in world.orgs.values()) < 150
     assert all(
-        dict(world.org("openai", f"sk-admin-{n}").cells("costs", START, START + 86400)) == first[n] for n in first
+        dict(world.org(OPENAI_VENDOR, f"sk-admin-{n}").cells("costs", START, START + 86400)) == first[n] for n in first
     )
