@@ -27,8 +27,10 @@ from bench import (
     publish,
     punctuality,
     push,
+    quotas,
     replicas,
     rescue,
+    resources,
     startup,
     tick,
 )
@@ -64,6 +66,8 @@ FIGURES: Mapping[str, Figure] = {
     "schedules": alarms.schedules,
     "bodies": bulk.in_flight,
     "gates": gatekeeping.one_by_one,
+    "quotas": quotas.one_million,
+    "resources": resources.two_steps,
 }
 
 

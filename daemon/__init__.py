@@ -2,15 +2,17 @@
 
 The road a unit of work travels, one room a step:
 
-    trigger ─> orchestrate ─> queue ─> worker ─> poller ─> records ─> sinks ─> alerts
-    tick or    which jobs     store,   run_job   fetch     check,     hand     judge,
-    QStash     are due        claim,   (one for  pages     price,     over a   tell a
-    delivery   (pure)         lease    all)                key        batch    person
+    trigger ─> orchestrate ─> queue ─> worker ─> poller ─> records ─> sinks
+    tick or    which jobs     store,   run_job   fetch     check,     book
+    QStash     are due        claim,   (one for  pages,    price,     what
+    delivery   (pure)         lease    all)      items     key        differs
 
 Nouns live in `domain/`, verbs in the rooms; imports go down this list and never climb:
 
     cli > service > app > config > web > triggers > orchestrate > worker
-        > queue | pollers | sinks | alerts  >  db | http_client | records | telemetry  >  domain
+        > queue | pollers | sinks  >  redis_client  >  db | http_client | http_push | records | telemetry  >  domain
+
+`testing` stands above them all: the suite by which third parties prove their pollers.
 """
 
 __version__ = "0.1.0"

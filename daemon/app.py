@@ -10,13 +10,13 @@ import platform
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import anyio
 import anyio.to_thread
@@ -25,7 +25,7 @@ import structlog
 
 from daemon import __version__, orchestrate
 from daemon.config import Settings
-from daemon.db import embedded, migrate, streams, ticks
+from daemon.db import embedded, migrate, names, quota, resources, streams, ticks
 from daemon.db.accounts import AccountStore
 from daemon.db.activity import Activity, read_activity
 from daemon.db.causes import Booking, Causes, Trace, TracedJob
@@ -35,6 +35,7 @@ from daemon.db.insights import (
     Check,
     Gap,
     Insights,
+    LeftOut,
     Question,
     Report,
     SpendLine,
@@ -42,7 +43,11 @@ from daemon.db.insights import (
     Tick,
     UsageLine,
 )
+from daemon.db.names import NameSpan
+from daemon.db.overlaps import Kin, kin_of
 from daemon.db.pool import Database
+from daemon.db.quota import QuotaLine, QuotaStore
+from daemon.db.resources import Run as ResourceRun
 from daemon.db.secrets import (
     Keyring,
     add_key_to_file,
@@ -54,14 +59,26 @@ from daemon.db.secrets import (
 from daemon.db.streams import GrainOf
 from daemon.db.tenants import TenantStore
 from daemon.domain.account import Limits, SigningKeys
+from daemon.domain.address import Address
 from daemon.domain.connection import ConnectionId, Identity, Secret, Target
-from daemon.domain.errors import ConfigError, DaemonError, PermanentError, TransientError
+from daemon.domain.destination import check_url
+from daemon.domain.errors import (
+    ConfigError,
+    DaemonError,
+    PermanentError,
+    TransientError,
+    UpstreamUnavailableError,
+    UsageError,
+)
 from daemon.domain.job import KEY_END, PUSH_KEY, Completed, Job, Lane, NewJob, Outcome, Summary, WorkerId
 from daemon.domain.network import Guard, parse_allow
-from daemon.domain.ports import Answer
+from daemon.domain.overlap import Gateway
+from daemon.domain.ports import Answer, Poller
 from daemon.domain.record import Rating
+from daemon.domain.redis_url import parse_url
 from daemon.domain.window import EPOCH
-from daemon.pollers.registry import Pollers, load_pollers
+from daemon.pollers._resource_spec import parse_document, parse_settings
+from daemon.pollers.registry import Pollers, check_settings, load_pollers
 from daemon.queue.audit import Probe, probe
 from daemon.queue.backlog import Addressed, Backlog, UnderWay
 from daemon.queue.groups import Group, Groups
@@ -70,34 +87,49 @@ from daemon.queue.logs import Logs
 from daemon.queue.maintenance import DeadDetail, DeadLetter, QueueMaintenance, QueueStats
 from daemon.queue.message import PUSH, MessageId, dead_name, parse_dead_name
 from daemon.queue.messages import Messages
+from daemon.queue.outbox import Outbox
 from daemon.queue.pending import Pending
 from daemon.queue.postgres import PostgresQueue
 from daemon.queue.qstash import PUBLISH, Publisher, QStashSettings
 from daemon.queue.schedules import Schedule, Schedules
 from daemon.records.price import Pricer
-from daemon.sinks.ledger import LedgerSink
-from daemon.worker.caller import RetrySettings
+from daemon.sinks.ledger import LedgerSink, Taker
+from daemon.sinks.names import NameTaker
+from daemon.sinks.quota import QuotaTaker
+from daemon.worker.caller import CountingCaller, RetrySettings
 from daemon.worker.governor import Governor, GovernorSettings
 from daemon.worker.ladder import Mode
 from daemon.worker.local import LocalWorker
 from daemon.worker.loop import WorkerLoop
 from daemon.worker.poll import BUDGET_RATIO, POLL, POLL_ONE, PollDeps, PollOrder, PollSettings, grains_of, run_poll
+from daemon.worker.quota import QUOTA_DRIFT, Drift, FollowUp, QuotaDeps, compare, run_drift, settable, write_back
 from daemon.worker.run import Handler, run_job
 from daemon.worker.seqs import SeqSource
 
 if TYPE_CHECKING:
     from daemon.http_client import HttpClient, HttpSettings
     from daemon.http_push import PushClient, PushSettings
+    from daemon.pollers._resource_trial import Trial
     from daemon.worker.push import Pusher
 
 BY_HAND_TIMEOUT_S = 3_600.0
 BACKFILL_BATCH = 10
 WATCH_S = 0.2
+FILE_BYTES_MAX = 16 * 1024 * 1024
+RESOURCE_PROVIDER, RESOURCE_SOURCE = "http_resource", "resources"
 SILENT_S = 60.0
 """A command rescues at once, without having watched beats itself. After an outage this may take a job from a worker that
 is about to beat again: then the job runs twice, and the fences book it once."""
 
 T = TypeVar("T")
+
+
+@runtime_checkable
+class SpeaksHttp(Protocol):
+    """A poller whose provider is not asked through a `Caller` alone."""
+
+    def take_http(self, http: Callable[[], HttpSettings]) -> None: ...
+
 
 log = structlog.get_logger()
 
@@ -115,19 +147,26 @@ __all__ = [
     "DeadLetter",
     "Gap",
     "Group",
+    "Kin",
+    "LeftOut",
     "Letter",
     "MessageId",
+    "NameSpan",
     "NewConnection",
     "NoSuchLetterError",
     "Probe",
     "Question",
     "QueueStats",
+    "QuotaLine",
     "Report",
+    "ResourceFile",
+    "ResourceRun",
     "Rotation",
     "Schedule",
     "SigningKeys",
     "SpendLine",
     "Status",
+    "SyncReport",
     "Tick",
     "TickReport",
     "Trace",
@@ -144,8 +183,10 @@ __all__ = [
     "parse_dead_name",
     "probe",
     "psql_command",
+    "read_resource_file",
     "start_database",
     "stop_database",
+    "try_resources",
 ]
 
 
@@ -167,6 +208,30 @@ class BackfillReport:
     connections: int
     jobs: int
     is_dry_run: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceFile:
+    """A collection as a file declares it; `settings` are its connection's."""
+
+    name: str
+    base_url: str
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What `tallyd resources sync` did. `calls_saved` is against a program that makes every call for every resource."""
+
+    resources: int
+    changed: int
+    unchanged: int
+    failed: int
+    gone: int
+    calls: int
+    calls_saved: int
+    batches: int
+    duration_s: float
 
 
 @dataclass
@@ -193,7 +258,135 @@ class App:
     @cached_property
     def poll_deps(self) -> PollDeps:
         """What poll jobs work with in this process."""
-        return poll_deps(self.settings, self.db, self.jobs, self.keyring, self.pollers, self.http)
+        return poll_deps(self.settings, self.db, self.jobs, self.keyring, self.pollers, self.http, self._takers)
+
+    @cached_property
+    def _takers(self) -> Mapping[str, Taker]:
+        """What writes the items of collections, by their kind."""
+        from daemon.worker.resources import ResourceTaker  # noqa: PLC0415 - imports the client
+
+        return {
+            "names": NameTaker(),
+            "quota": QuotaTaker(Outbox(self.messages, self.accounts), FollowUp(self.jobs)),
+            "resource": ResourceTaker(self.jobs),
+        }
+
+    @cached_property
+    def resource_deps(self) -> PollDeps:
+        """What batches of resources work with: a governor of their own, so that polls do not wait for them."""
+        from daemon.worker.resources import NO_BREAKER  # noqa: PLC0415 - imports the client
+
+        limits = GovernorSettings(
+            self.settings.poll_concurrency, self.settings.poll_concurrency_per_host, breaker_failures=NO_BREAKER
+        )
+        return replace(self.poll_deps, governor=Governor(limits, monotonic))
+
+    async def resource_runs(self, tenant: str | None, name: str | None) -> list[ResourceRun]:
+        """The REST collections of this scope, each with its newest listing and what came of it."""
+        return await resources.runs(self.db, RESOURCE_PROVIDER, RESOURCE_SOURCE, tenant, name)
+
+    async def sync_resources(self, tenant: str | None, name: str | None) -> SyncReport:
+        """List the active collections of this scope here and now, and work their batches off.
+
+        Raises:
+            UsageError: there is none.
+            TransientError: a listing did not come to its end.
+        """
+        began = monotonic()
+        chosen = [run for run in await self.resource_runs(tenant, name) if run.state == "active"]
+        if not chosen:
+            raise UsageError("scope", "there is no active collection", "see `tallyd resources list`")
+        ids = [run.connection_id for run in chosen]
+        polled = await self.poll(ids, full=False)
+        await self._work_off_resources(ids)
+        runs = [run for run in await self.resource_runs(tenant, name) if run.connection_id in ids]
+
+        def total(figure: str) -> int:
+            return sum(getattr(run, figure) or 0 for run in runs)
+
+        return SyncReport(
+            resources=total("listed"),
+            changed=total("changed"),
+            unchanged=total("unchanged"),
+            failed=total("failed") + polled.retried + polled.dead,
+            gone=total("gone"),
+            calls=total("calls") + polled.requests,
+            calls_saved=max(0, total("calls_saved") - polled.requests),
+            batches=total("batches"),
+            duration_s=round(monotonic() - began, 3),
+        )
+
+    async def _work_off_resources(self, connections: Sequence[ConnectionId]) -> None:
+        """Run what is ready, ours or not, until no batch of these connections is: what failed waits for its retry."""
+        loop = self.worker_loop()
+
+        async def watch() -> None:
+            left = await resources.open_batches(self.db, connections)
+            while left:
+                await anyio.sleep(WATCH_S)
+                left = await resources.open_batches(self.db, connections)
+            loop.stop()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(loop.run)
+            group.start_soon(watch)
+
+    @cached_property
+    def quotas(self) -> QuotaStore:
+        return QuotaStore(self.db)
+
+    async def quota_connections(self, tenant: str | None, name: str | None) -> list[ConnectionId]:
+        """The quota sources of this scope that are synced."""
+        return await quota.connections(self.db, tenant, name)
+
+    async def quota_drift(self, tenant: str, name: str) -> AsyncIterator[Drift]:
+        """Each counter of a source against the ledger.
+
+        Raises:
+            PermanentError: its settings do not say what the counters measure.
+        """
+        connection = await self.connections.get(tenant, name)
+        stream = await self.quotas.stream_of(connection.id)
+        if stream is None:
+            raise UsageError("TENANT/NAME", f"{tenant}/{name} was never synced", "`tallyd quota sync` first")
+        async for lines in compare(self.quota_deps, connection, stream):
+            for line in lines:
+                yield line
+
+    async def quota_write_back(self, tenant: str, name: str, *, dry_run: bool) -> tuple[int, int]:
+        """Set a source's counters to the ledger's figures: how many differed, and how many were set.
+
+        They are read first, or what they counted since the last sync would be overwritten without having been counted.
+
+        Raises:
+            UpstreamUnavailableError: they cannot be read now; nothing is set.
+        """
+        connection = await self.connections.get(tenant, name)
+        if not dry_run:
+            read = await self.poll([connection.id], full=False)
+            if read.retried or read.dead:
+                raise UpstreamUnavailableError(f"{tenant}/{name} cannot be read, so nothing is set: see `tallyd gaps`")
+        lines = [line async for line in self.quota_drift(tenant, name) if settable(line) is not None]
+        stream = await self.quotas.stream_of(connection.id)
+        if dry_run or stream is None:
+            return len(lines), 0
+        return len(lines), await write_back(self.quota_deps, connection, stream, lines)
+
+    async def check_destination(self, field: str, url: str) -> None:
+        """Raises UsageError for a URL that messages may not go to."""
+        try:
+            await self.push_client.check(check_url(url))
+        except ValueError as error:
+            raise UsageError(field, str(error), "give the URL of a receiver") from error
+        except PermanentError as error:
+            raise UsageError(field, str(error), "see push_allow") from error
+
+    @cached_property
+    def quota_deps(self) -> QuotaDeps:
+        """What quota counters are compared and set with."""
+        return QuotaDeps(
+            self.db, self.keyring, self.insights, self.quotas, self.poll_deps, self.cost_sources(), self.gateways()
+        )
 
     @cached_property
     def publisher(self) -> Publisher:
@@ -256,7 +449,7 @@ class App:
             for source in poller.sources.values()
             if source.is_report and not source.is_level
         ]
-        return Figures(self.db, facts, by_tenant=self.settings.metrics_by_tenant)
+        return Figures(self.db, facts, by_tenant=self.settings.metrics_by_tenant, gateways=self.gateways())
 
     async def aclose(self) -> None:
         """Close what was made on demand."""
@@ -279,6 +472,37 @@ class App:
             for source in poller.sources.values()
             if source.kind == "cost"
         )
+
+    def check_settings(self, provider: str, settings: Mapping[str, Any]) -> None:
+        """Raise UsageError for a setting that neither every connection nor this provider knows."""
+        check_settings(self.pollers.named(provider), settings)
+
+    def gateways(self) -> list[Gateway]:
+        """The sources whose rows name the vendor who is paid, each with the reports of all other providers."""
+        reports = [
+            (name, source)
+            for name, poller in self.pollers.items()
+            for source in poller.sources.values()
+            if source.is_report and not source.is_level
+        ]
+        return [
+            Gateway(
+                name,
+                source.name,
+                source.upstream,
+                frozenset((p, s.name) for p, s in reports if p != name and s.kind == source.kind),
+            )
+            for name, source in reports
+            if source.upstream is not None
+        ]
+
+    async def kin_of(self, connection: ConnectionId) -> list[Kin]:
+        """Who else may hold the same money as this connection."""
+        return await kin_of(self.db, connection, self.gateways())
+
+    async def names(self, *, tenant: str | None, kind: str | None, with_history: bool) -> list[NameSpan]:
+        """What the ids in the reports are called, or were."""
+        return await names.listed(self.db, tenant=tenant, kind=kind, with_history=with_history)
 
     async def identify(self, provider: str, base_url: str, credential: Secret, settings: Mapping[str, Any]) -> Identity:
         """One request that proves the credential, and names its organisation where the provider tells.
@@ -342,7 +566,10 @@ class App:
     async def _reached(self, base_url: str) -> Check:
         """Any answer proves the way, also a refusal: no key is sent."""
         try:
-            await self.http.get(base_url, "")
+            if base_url.startswith("http"):
+                await self.http.get(base_url, "")
+            else:
+                await _knock(parse_url(base_url).hosts, self.settings.http_connect_timeout_s)
         except TransientError as error:
             return Check(f"reach {base_url}", False, str(error), "check network, proxy (http_proxy) and http_ca_bundle")
         except DaemonError:
@@ -436,7 +663,24 @@ class App:
 
     @cached_property
     def _handlers(self) -> Mapping[str, Handler]:
-        return {POLL: self._poll, POLL_ONE: self._poll, PUBLISH: self.publisher.run, PUSH: self._push}
+        from daemon.worker.resources import RESOURCES  # noqa: PLC0415 - imports the client
+
+        return {
+            POLL: self._poll,
+            POLL_ONE: self._poll,
+            PUBLISH: self.publisher.run,
+            PUSH: self._push,
+            QUOTA_DRIFT: self._compare_quotas,
+            RESOURCES: self._resources,
+        }
+
+    async def _resources(self, job: Job) -> Outcome:
+        from daemon.worker.resources import run_resources  # noqa: PLC0415 - imports the client
+
+        return await run_resources(job, self.resource_deps)
+
+    async def _compare_quotas(self, job: Job) -> Outcome:
+        return await run_drift(job, self.quota_deps)
 
     async def _push(self, job: Job) -> Outcome:
         return await self.pusher.run(job)
@@ -474,8 +718,23 @@ class App:
             UsageError: a setting that the provider does not know.
         """
         connection = await self.connections.get(tenant, name)
-        self.pollers.named(connection.provider).check_settings(settings)
+        self.check_settings(connection.provider, settings)
         await self.connections.set_settings(tenant, name, settings)
+
+
+async def _knock(hosts: Sequence[Address], timeout_s: float) -> None:
+    """Raises UpstreamUnavailableError where none of the hosts takes a connection."""
+    problem = ""
+    for host in hosts:
+        try:
+            with anyio.fail_after(timeout_s):
+                stream = await anyio.connect_tcp(host.host, host.port)
+            await stream.aclose()
+        except (OSError, TimeoutError) as error:
+            problem = f"{host}: {str(error) or 'no answer in time'}"
+        else:
+            return
+    raise UpstreamUnavailableError(problem)
 
 
 async def _reseal(connections: ConnectionStore, accounts: AccountStore) -> Rotation:
@@ -496,8 +755,54 @@ class _OnceCaller:
     ) -> Answer:
         return await self._http.get(self._base_url, path, params, headers)
 
+    async def post(
+        self, path: str, body: bytes, headers: Mapping[str, str] | None = None, *, base_url: str | None = None
+    ) -> Answer:
+        return await self._http.post(base_url or self._base_url, path, body, headers)
+
     async def run(self, send: Callable[[], Awaitable[T]]) -> T:
         return await send()
+
+
+async def try_resources(settings: Settings, file: ResourceFile, base_url: str, credential: Secret, limit: int) -> Trial:
+    """Try a collection's declaration on its API; nothing is stored, and no database is needed.
+
+    Returns what was found, with the number of calls.
+    """
+    from daemon.http_client import HttpClient  # noqa: PLC0415 - takes 0.3 s to import
+    from daemon.pollers._resource_trial import try_out  # noqa: PLC0415 - imports the client
+
+    target = Target(RESOURCE_PROVIDER, base_url, credential, file.settings)
+    async with HttpClient(http_settings(settings)) as http:
+        governor = Governor(GovernorSettings(), monotonic)
+        caller = CountingCaller(http, governor, target, "check", RetrySettings(tries=1))
+        trial = await try_out(parse_settings(file.settings), target, caller, limit)
+    trial.calls = caller.requests
+    return trial
+
+
+def read_resource_file(path: Path) -> ResourceFile:
+    """A collection's declaration. Raises UsageError naming the field and the fix."""
+    document = parse_document(read_text("FILE", path))
+    ids: list[str] = []
+    if document.ids_file is not None:
+        lines = read_text("ids_file", path.parent / document.ids_file).splitlines()
+        ids = [line.strip() for line in lines if line.strip()]
+    return ResourceFile(document.name, document.base_url, document.settings(ids))
+
+
+def read_text(field: str, path: Path) -> str:
+    """A text file of at most `FILE_BYTES_MAX`."""
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(FILE_BYTES_MAX + 1)
+        if len(raw) > FILE_BYTES_MAX:
+            raise UsageError(field, f"{path} has more than {FILE_BYTES_MAX} bytes", "give a smaller file")
+        return raw.decode("utf-8")
+    except OSError as error:
+        raise UsageError(field, f"cannot read {path}: {error.strerror}", "give a readable file") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(field, f"{path} is no text in UTF-8", "give a text file") from error
 
 
 def http_settings(settings: Settings) -> HttpSettings:
@@ -535,7 +840,7 @@ async def open_app(settings: Settings, *, is_migrating: bool = True, lets_dev_in
         queue = PostgresQueue(db)
         secret = settings.secret_key or load_or_create_key_file(settings.key_file)
         keyring = Keyring(parse_keys(secret.reveal()))
-        pollers = load_pollers()
+        pollers = load_pollers(lambda poller: _set_up(poller, settings))
         app = App(
             settings,
             db,
@@ -552,13 +857,25 @@ async def open_app(settings: Settings, *, is_migrating: bool = True, lets_dev_in
         yield app
 
 
+def _set_up(poller: Poller, settings: Settings) -> None:
+    """A poller that has a door of its own knows this installation's time-outs, roots and proxy."""
+    if isinstance(poller, SpeaksHttp):
+        poller.take_http(lambda: http_settings(settings))
+
+
 def cutter(pollers: Pollers) -> GrainOf:
     """How each connection's settings cut its sources."""
     return lambda connection: grains_of(pollers, connection)
 
 
 def poll_deps(
-    settings: Settings, db: Database, queue: PostgresQueue, keyring: Keyring, pollers: Pollers, http: HttpClient
+    settings: Settings,
+    db: Database,
+    queue: PostgresQueue,
+    keyring: Keyring,
+    pollers: Pollers,
+    http: HttpClient,
+    takers: Mapping[str, Taker],
 ) -> PollDeps:
     """What poll jobs work with in this process."""
     pricer = Pricer()
@@ -576,7 +893,7 @@ def poll_deps(
         pollers=pollers,
         http=http,
         governor=Governor(governor, monotonic),
-        sink=LedgerSink(db),
+        sink=LedgerSink(db, takers),
         price=price,
         seqs=SeqSource(db),
         settings=PollSettings(

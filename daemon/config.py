@@ -310,6 +310,7 @@ class Settings:
     retention_dead_days: int | None = _setting(None, _days, "days to keep dead letters, or none")
     retention_messages_days: int | None = _setting(7, _days, "days to keep messages that have ended, and their log")
     retention_letters_days: int | None = _setting(7, _days, "days to keep messages that were given up")
+    retention_quota_days: int | None = _setting(400, _days, "days to keep the history of quota counters, or none")
     retention_ledger_days: int | None = _setting(None, _days, "days to keep the ledger, or none (for ever)")
 
     log_level: Literal["debug", "info", "warning", "error"] = _setting(

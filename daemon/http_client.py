@@ -35,6 +35,7 @@ from daemon.domain.errors import (
     UpstreamUnavailableError,
 )
 from daemon.domain.ports import Answer
+from daemon.http_exits import Exits, Terms
 
 USER_AGENT = f"tallyd/{__version__} (+https://github.com/tallyd/tallyd)"
 RETRY_AFTER_S_MAX = 86_400.0
@@ -43,6 +44,11 @@ LEAVE_JOB_S = 60.0
 
 ERROR_BODY_BYTES_MAX = 65_536
 _RETRYABLE = frozenset({408, 409, 425})
+_THROTTLED = frozenset({"ThrottlingException", "TooManyRequestsException", "LimitExceededException"})
+"""What AWS answers with 400 and means as 429."""
+_CONDITIONS = frozenset({"if-none-match", "if-modified-since"})
+_PROXY = "tallyd.proxy"
+"""Names, among a request's extensions, the proxy that it takes in place of the client's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +171,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 headers=[(name.decode("ascii"), value.decode("latin-1")) for name, value in request.headers.raw],
                 data=request.content or None,
                 allow_redirects=False,
-                proxy=self._settings.proxy_url,
+                proxy=request.extensions.get(_PROXY, self._settings.proxy_url),
             )
         except (aiohttp.ClientError, OSError) as error:
             raise as_httpx(error) from error
@@ -180,6 +186,16 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
 
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.LocalProtocolError)
+
+
+class _ExitFailedError(UpstreamUnavailableError):
+    """It is the exit that failed, not what lies behind it."""
+
+
+def _place(exit_url: str) -> str:
+    """Host and port of an exit, without its credential."""
+    url = httpx.URL(exit_url)
+    return f"exit {url.host}:{url.port or 80}"
 
 
 _BAD_URL = "the base URL cannot be used: it must be an absolute http or https URL"
@@ -204,6 +220,7 @@ class _ErrorDetail(msgspec.Struct):
 
 class _ErrorBody(msgspec.Struct):
     error: _ErrorDetail | str | None = None
+    aws_type: str | None = msgspec.field(default=None, name="__type")
     request_id: object = None
 
 
@@ -217,12 +234,13 @@ def _text(value: object) -> str | None:
 def _parse_error(body: bytes) -> tuple[str, str | None, str | None]:
     """The message, code and param of an error body, as OpenAI, Anthropic and the gateways before them write it."""
     try:
-        detail = _decode_error(body).error
+        told = _decode_error(body)
+        detail = told.error
     except (msgspec.MsgspecError, UnicodeDecodeError):
         # A gateway's HTML page, most often: its status says enough.
         return "", None, None
     if detail is None or isinstance(detail, str):
-        return detail or "", None, None
+        return detail or "", told.aws_type and told.aws_type.rpartition("#")[2], None
     return _text(detail.message) or "", _text(detail.code) or _text(detail.type), _text(detail.param)
 
 
@@ -270,6 +288,8 @@ def error_for(status: int, headers: Mapping[str, str], body: bytes, secrets: Seq
         return CredentialError(told)
     if status == 403:
         return ForbiddenError(told)
+    if status == 400 and code in _THROTTLED:
+        status = 429
     verdict = headers.get("x-should-retry")
     wait_s = retry_after_s(headers)
     if status == 429 or status >= 500 or status in _RETRYABLE or verdict == "true":
@@ -312,6 +332,7 @@ class HttpClient:
     def __init__(self, settings: HttpSettings | None = None, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._settings = settings or HttpSettings()
         self._transport = transport or AiohttpTransport(self._settings)
+        self._rests: dict[str, float] = {}
         self._headers = {
             "user-agent": self._settings.user_agent,
             "accept": "application/json",
@@ -336,7 +357,9 @@ class HttpClient:
         params: Sequence[tuple[str, str]] = (),
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
-        """One GET, tried once.
+        """One GET, tried once. `headers` may be `Terms`; then an exit that fails is passed over for the next one.
+
+        A 304 is an answer where the headers ask for one.
 
         Raises:
             CredentialError: 401.  ForbiddenError: 403.  BadRequestError: any other 4xx, and 3xx.
@@ -344,34 +367,70 @@ class HttpClient:
             SchemaDriftError: the answer is larger than `body_bytes_max`.
             PermanentError: the base URL cannot be used at all.
         """
+        exits = headers.exits if isinstance(headers, Terms) else None
+        if exits is None:
+            return await self._ask(base_url, path, params, headers)
+        for _ in exits:
+            async with exits.hold(self._rests) as exit_url:
+                try:
+                    return await self._ask(base_url, path, params, headers, exit_url)
+                except _ExitFailedError as error:
+                    exits.rest(exit_url, self._rests)
+                    failed = error
+        raise failed
+
+    async def post(self, base_url: str, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
+        """One POST, tried once. Raises as `get`."""
+        return await self._ask(base_url, path, (), headers, body=body)
+
+    async def _ask(
+        self,
+        base_url: str,
+        path: str,
+        params: Sequence[tuple[str, str]],
+        headers: Mapping[str, str] | None,
+        exit_url: str | None = None,
+        body: bytes | None = None,
+    ) -> Answer:
         url = _usable(build_url(base_url, path, params))
         host = url.host
         sent = headers or {}
         if any(not value.isascii() or not value.isprintable() for value in sent.values()):
             raise CredentialError("the key holds a line break or another character that no HTTP header can carry")
+        extensions = {} if exit_url is None else {_PROXY: exit_url}
         try:
-            request = httpx.Request("GET", url, headers={**self._headers, **sent})
+            method = "GET" if body is None else "POST"
+            request = httpx.Request(method, url, headers={**self._headers, **sent}, content=body, extensions=extensions)
             response = await self._transport.handle_async_request(request)
+        except httpx.ProxyError as error:
+            if exit_url is None:
+                raise as_ours(error, host) from error
+            raise _ExitFailedError(f"{host}: {_place(exit_url)} fails: {error}", maybe_sent=False) from error
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
             raise as_ours(error, host) from error
         try:
             if response.is_success:
-                return Answer(response.status_code, response.headers, await self._read(response, host))
-            body = await self._read_error(response)
+                limit = headers.body_bytes_max if isinstance(headers, Terms) else None
+                return Answer(response.status_code, response.headers, await self._read(response, host, limit))
+            if response.status_code == httpx.codes.NOT_MODIFIED and not _CONDITIONS.isdisjoint(sent):
+                return Answer(response.status_code, response.headers, b"")
+            refusal = await self._read_error(response)
         finally:
             await response.aclose()
+        if exit_url is not None and response.status_code == httpx.codes.PROXY_AUTHENTICATION_REQUIRED:
+            raise _ExitFailedError(f"{host}: {_place(exit_url)} refuses our credential", maybe_sent=False)
         failure = error_for(
             response.status_code,
             response.headers,
-            body,
+            refusal,
             [value.split()[-1] for value in sent.values() if value.strip()],
         )
         if isinstance(failure, TransientError):
             failure.args = (f"{host} {failure}",)
         raise failure
 
-    async def _read(self, response: httpx.Response, host: str) -> bytes:
-        limit = self._settings.body_bytes_max
+    async def _read(self, response: httpx.Response, host: str, limit: int | None) -> bytes:
+        limit = min(limit or self._settings.body_bytes_max, self._settings.body_bytes_max)
         chunks: list[bytes] = []
         size = 0
         try:
@@ -397,8 +456,10 @@ class HttpClient:
 
 __all__ = [
     "AiohttpTransport",
+    "Exits",
     "HttpClient",
     "HttpSettings",
+    "Terms",
     "as_httpx",
     "as_ours",
     "build_url",

@@ -7,7 +7,7 @@ race gets nothing; a crash undoes all of it. Missed slots are not replayed: the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import anyio
 import structlog
 
 from daemon.db import handovers, ticks
-from daemon.db.pool import Database
+from daemon.db.pool import Database, Session
 from daemon.domain.connection import ConnectionId
 from daemon.domain.errors import UsageError
 from daemon.domain.job import Job, NewJob, WorkerId
@@ -25,6 +25,7 @@ from daemon.queue.postgres import PostgresQueue
 from daemon.queue.qstash import publish_jobs
 from daemon.telemetry import metrics
 from daemon.telemetry.traces import span
+from daemon.worker.ladder import Mode
 from daemon.worker.poll import POLL, POLL_ATTEMPTS_MAX, PollOrder
 
 log = structlog.get_logger()
@@ -32,6 +33,9 @@ log = structlog.get_logger()
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 IDLE_LADDER = ((7 * DAY, 6 * HOUR), (DAY, HOUR), (HOUR, timedelta(minutes=15)))
 """(unchanged for at least, poll this often), slowest first; below the last rung each tick polls."""
+SYNC_BATCH = 10
+SYNC_TIMEOUT_S = 900.0
+"""A collection may be a million items long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +187,50 @@ async def tick(
             request_id=occasion.request_id,
         )
     return made
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """What asking for a sync led to. `created`: false when this message had asked for it before."""
+
+    created: bool
+    connections: int = 0
+    batches: int = 0
+
+
+async def sync(
+    db: Database,
+    queue: PostgresQueue,
+    settings: TickSettings,
+    connections: Callable[[Session], Awaitable[Sequence[ConnectionId]]],
+    occasion: Occasion,
+) -> Sync:
+    """Enqueue a poll of connections out of turn, once for each message that asks for it. One that waits is enough.
+
+    Args:
+        connections: finds them, in the transaction that enqueues their batches.
+    """
+    async with db.transaction() as tx:
+        now = await tx.fetchval("select now()")
+        if occasion.message_id is not None:
+            earlier = await ticks.take_delivery(tx, occasion.message_id, floor_to(now, settings.tick_s))
+            if earlier is not None:
+                return Sync(created=False)
+        ids = await connections(tx)
+        jobs = [
+            NewJob(
+                POLL,
+                PollOrder([*ids[at : at + SYNC_BATCH]], mode=Mode.POLL, request_id=occasion.request_id).encode(),
+                dedup_id=f"sync {' '.join(map(str, ids[at : at + SYNC_BATCH]))}",
+                dedup_window=DAY,
+                only_unclaimed=True,
+                max_attempts=POLL_ATTEMPTS_MAX,
+                timeout_s=SYNC_TIMEOUT_S,
+            )
+            for at in range(0, len(ids), SYNC_BATCH)
+        ]
+        await queue.enqueue(jobs, tx)
+    return Sync(created=True, connections=len(ids), batches=len(jobs))
 
 
 async def _its_slot(db: Database, tick_s: int, early_s: float, now: datetime) -> datetime:

@@ -29,10 +29,11 @@ from anyio.abc import TaskStatus
 from daemon import __version__, orchestrate
 from daemon.app import App, days, open_app, qstash_settings, tick_settings
 from daemon.config import Settings
-from daemon.db import ledger, migrate, pauses, streams, ticks
+from daemon.db import ledger, migrate, pauses, quota, streams, ticks
 from daemon.domain.dev import DEV_ACCOUNTS
 from daemon.domain.errors import DaemonError, TransientError
 from daemon.domain.gauge import Gauge
+from daemon.queue.maintenance import drop_partitions
 from daemon.queue.pruning import prune_messages
 from daemon.telemetry import metrics, traces
 from daemon.telemetry.health import Health
@@ -357,7 +358,7 @@ async def keep_house(app: App) -> None:
     """One round of what any replica may do, now and then; doing it twice is harmless. A chore that fails is told, and
     holds up neither the others nor the daemon.
     """
-    for chore in (_prune_queue, _prune_messages, _drop_months, _prune_notes, _make_partitions):
+    for chore in (_prune_queue, _prune_messages, _prune_quotas, _drop_months, _prune_notes, _make_partitions):
         try:
             await chore(app)
         except TransientError as error:
@@ -381,6 +382,11 @@ async def _prune_messages(app: App) -> None:
         kept=days(app.settings.retention_messages_days) or ever,
         dead_kept=days(app.settings.retention_letters_days) or ever,
     )
+
+
+async def _prune_quotas(app: App) -> None:
+    if kept := days(app.settings.retention_quota_days):
+        await drop_partitions(app.db, quota.PRUNE, kept)
 
 
 async def _drop_months(app: App) -> None:

@@ -132,7 +132,8 @@ _STREAMS = """
 select s.id, s.source, c.provider, c.name, c.since, s.floor_at, s.covered_from,
   (select json_agg(json_build_object('start', e.start_at, 'group_by', e.group_by, 'width', e.width) order by e.start_at)
    from grain_epoch e where e.stream_id = s.id)::text as epochs
-from stream s join connection c on c.id = s.connection_id where c.id = any($1::bigint[]) order by s.id
+from stream s join connection c on c.id = s.connection_id
+where c.id = any($1::bigint[]) and s.source <> 'names' order by s.id
 """
 
 _BOOKS = f"""

@@ -28,7 +28,8 @@ PUBLIC_URL = "https://tallyd.example/behind/a/proxy"
 CURRENT, NEXT = "sig_current_key_of_the_tests_0000", "sig_next_key_of_the_tests_0000000"
 ORCHESTRATE, WORKER = "/api/poll/orchestrate", "/api/poll/worker"
 CALLBACK, FAILURE = "/api/qstash/callback", "/api/qstash/failure"
-ROUTES = (ORCHESTRATE, WORKER, CALLBACK, FAILURE)
+QUOTA, QUOTA_ALIAS = "/api/quota/sync", "/api/cron/update-usage"
+ROUTES = (ORCHESTRATE, WORKER, CALLBACK, FAILURE, QUOTA, QUOTA_ALIAS)
 SETTINGS = TickSettings(tick_s=86_400, batch_size=10)
 
 

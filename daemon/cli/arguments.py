@@ -20,6 +20,7 @@ from daemon.domain.window import parse_rfc3339
 
 if TYPE_CHECKING:
     from daemon.app import MessageId
+    from daemon.domain.ports import Poller
 
 CREDENTIAL_BYTES_MAX = 64 * 1024
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
@@ -117,6 +118,13 @@ def parse_base_url(field: str, text: str, *, allow_insecure: bool) -> str:
     if parts.scheme == "http" and not allow_insecure and not _is_loopback(host):
         raise UsageError(field, f"{text} would send the key in clear", "use https, or pass --allow-insecure")
     return text.rstrip("/")
+
+
+def own_url(poller: Poller) -> str:
+    """Where a provider's own API stands. Raises UsageError for what everybody runs at an address of theirs."""
+    if not poller.default_base_url:
+        raise UsageError("--base-url", f"{poller.provider} has no address of its own", "give that of yours")
+    return poller.default_base_url
 
 
 def _is_loopback(host: str) -> bool:

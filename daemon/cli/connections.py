@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from daemon.cli.arguments import (
     Json,
     Label,
+    own_url,
     parse_base_url,
     parse_label,
     parse_settings,
@@ -22,8 +24,10 @@ from daemon.domain.connection import Identity, Secret
 from daemon.domain.errors import CredentialError, ForbiddenError, PermanentError, TransientError, UsageError
 
 if TYPE_CHECKING:
-    from daemon.app import App
+    from daemon.app import App, Kin
     from daemon.domain.ports import Poller
+
+NOTED_MAX = 5
 
 app = typer.Typer(help="Connections: a tenant's accounts at the providers.", no_args_is_help=True)
 
@@ -95,16 +99,17 @@ def add(
         from daemon.app import NewConnection
 
         poller = a.pollers.named(provider)
-        poller.check_settings(settings or {})
+        a.check_settings(provider, settings or {})
         check_kind(poller, credential)
         url = parse_base_url(
             "--base-url",
-            base_url or poller.default_base_url,
+            base_url or own_url(poller),
             allow_insecure=allow_insecure or a.settings.allow_insecure,
         )
         identity = Identity(None) if no_check else await prove(a, provider, url, credential, settings or {})
         new = NewConnection(tenant, name, provider, url, credential, start, settings, identity.org_id)
         added = await a.connections.add(new, allow_duplicate=allow_duplicate, revive=revive)
+        _say_kin(f"{tenant}/{name}", await a.kin_of(added.id))
         return {
             "id": added.id,
             "tenant": tenant,
@@ -122,6 +127,23 @@ def add(
     else:
         whose = made["org_name"] or made["org_id"]
         print(f"connection {tenant}/{name} {'revived' if made['revived'] else 'added'}{f' ({whose})' if whose else ''}")
+
+
+def _say_kin(label: str, kin: Sequence[Kin]) -> None:
+    """Whose money it may be too. Several lines of one kind become one."""
+    twins = [other.label for other in kin if other.is_duplicate]
+    beyond = [f"{other.label} ({other.provider})" for other in kin if not other.is_duplicate]
+    if twins:
+        note(f"note: {_shown(twins)} reads the same organisation as {label}; for each bucket one of them counts")
+    if beyond:
+        note(
+            f"note: {label} and {_shown(beyond)} may tell the same money, one as a gateway and one as the vendor; what "
+            "both tell counts as the vendor's. See `tallyd overlaps`"
+        )
+
+
+def _shown(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:NOTED_MAX]) + (f" and {len(labels) - NOTED_MAX} more" if len(labels) > NOTED_MAX else "")
 
 
 @app.command("list")
@@ -255,7 +277,7 @@ def set_(
     async def work(a: App) -> dict[str, Any]:
         target = (await a.connections.get(tenant, name)).target
         changed = {key: value for key, value in {**target.settings, **given}.items() if value is not None}
-        a.pollers.named(target.provider).check_settings(changed)
+        a.check_settings(target.provider, changed)
         await a.regroup(tenant, name, changed)
         return changed
 

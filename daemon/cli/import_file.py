@@ -13,9 +13,10 @@ import anyio
 import msgspec
 
 from daemon.app import App, NewConnection
-from daemon.cli.arguments import check_text, credential_from_env, parse_base_url, parse_time
+from daemon.cli.arguments import check_text, credential_from_env, own_url, parse_base_url, parse_time
 from daemon.domain.errors import CredentialError, DaemonError, ImportRefusedError, UsageError
 from daemon.domain.ports import Poller
+from daemon.pollers.registry import check_settings
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -67,7 +68,7 @@ def _parse(line: bytes, pollers: Mapping[str, Poller], *, allow_insecure: bool) 
         raise UsageError("line", f"is longer than {LINE_BYTES_MAX} bytes", "split it")
     try:
         found = msgspec.json.decode(line)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError("line", f"is no JSON: {error}", "write one JSON object per line") from error
     if not isinstance(found, dict):
         raise UsageError("line", "is no JSON object", "write one JSON object per line")
@@ -88,7 +89,7 @@ def _parse(line: bytes, pollers: Mapping[str, Poller], *, allow_insecure: bool) 
             "provider", f"unknown provider {found['provider']!r}", f"use one of {', '.join(sorted(pollers))}"
         )
     poller = pollers[found["provider"]]
-    poller.check_settings(settings or {})
+    check_settings(poller, settings or {})
     if "credential" in found:
         credential = check_text("credential", found["credential"].encode())
     else:
@@ -98,7 +99,7 @@ def _parse(line: bytes, pollers: Mapping[str, Poller], *, allow_insecure: bool) 
         found["tenant"],
         found["name"],
         found["provider"],
-        parse_base_url("base_url", found.get("base_url", poller.default_base_url), allow_insecure=allow_insecure),
+        parse_base_url("base_url", found.get("base_url") or own_url(poller), allow_insecure=allow_insecure),
         credential,
         parse_time("since", found.get("since")),
         settings,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Self
 from urllib.parse import unquote
 
 from daemon.domain.window import rfc3339
@@ -45,6 +46,28 @@ def print_json(value: object) -> None:
     import msgspec
 
     print(msgspec.json.format(msgspec.json.encode(_plain(value)), indent=2).decode())
+
+
+class JsonArray:
+    """Prints an array item by item, however long it is. Decimals are numbers with all their digits."""
+
+    def __init__(self) -> None:
+        self._is_empty = True
+
+    def __enter__(self) -> Self:
+        print("[", end="")
+        return self
+
+    def add(self, item: Mapping[str, object]) -> None:
+        import msgspec
+
+        plain = {name: value if isinstance(value, Decimal) else _plain(value) for name, value in item.items()}
+        text = msgspec.json.Encoder(decimal_format="number").encode(plain).decode()
+        print(f"{'' if self._is_empty else ','}\n  {text}", end="")
+        self._is_empty = False
+
+    def __exit__(self, *_: object) -> None:
+        print("]" if self._is_empty else "\n]")
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:

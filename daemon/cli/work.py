@@ -133,6 +133,7 @@ def _finish(summary: Summary, *, json: bool, extra: dict[str, object] | None = N
         "requests": summary.requests,
         "requests_saved": summary.requests_saved,
         "rows": summary.rows,
+        "items": summary.items,
         "duration_s": round(summary.duration_s, 3),
     }
     if json:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from daemon.db.pool import Database, Record, query
+from daemon.db.pool import Database, Record, Session, query
 from daemon.db.secrets import Keyring, Sealed
 from daemon.domain.account import LIMIT_NAMES, Account, AccountId, Limits, SigningKeys, check_limits
 from daemon.domain.connection import Secret
@@ -154,20 +154,35 @@ class AccountStore:
         Raises:
             UsageError: the name is none, or a limit is not known or too low.
         """
+        async with self._db.transaction() as tx:
+            return await self.ensure_in(tx, name, limits, keys, is_dev=is_dev)
+
+    async def ensure_in(
+        self,
+        tx: Session,
+        name: str,
+        limits: Mapping[str, int] | None = None,
+        keys: SigningKeys | None = None,
+        *,
+        is_dev: bool = False,
+    ) -> AccountId:
+        """The same, in the caller's transaction."""
         own = {} if limits is None else dict(limits)
         check_limits(own)
         text = msgspec.json.encode(own).decode()
         try:
-            async with self._db.transaction() as tx:
-                id_: int | None = await tx.fetchval(_ADD, name, is_dev, text)
-                if id_ is not None:
-                    sealed = self._seal(AccountId(id_), keys or SigningKeys(_new_key(), _new_key()))
-                    await tx.execute(_SEAL, id_, sealed.key_id, sealed.blob)
-                elif limits is not None:
-                    await tx.execute(_SET_LIMITS, name, text)
+            id_: int | None = await tx.fetchval(_ADD, name, is_dev, text)
         except DataRejectedError as error:
             raise UsageError("account", f"{name!r} is no name for an account", NAME_RULE) from error
-        return AccountId(id_) if id_ is not None else await self.named(name)
+        if id_ is not None:
+            sealed = self._seal(AccountId(id_), keys or SigningKeys(_new_key(), _new_key()))
+            await tx.execute(_SEAL, id_, sealed.key_id, sealed.blob)
+            return AccountId(id_)
+        if limits is not None:
+            await tx.execute(_SET_LIMITS, name, text)
+        row = await tx.fetchrow(_NAMED, name)
+        assert row is not None  # accounts are never deleted
+        return AccountId(row["id"])
 
     async def named(self, name: str) -> AccountId:
         """Raises UsageError when there is no such account."""

@@ -13,9 +13,11 @@ from time import monotonic
 import anyio
 import structlog
 
+from daemon.db.overlaps import cast_shadows, one_moment
 from daemon.db.pool import Database, Record, query
 from daemon.domain.errors import DaemonError
 from daemon.domain.gauge import Gauge
+from daemon.domain.overlap import Gateway
 
 FAST_S, SLOW_S = 5.0, 300.0
 """How long the answers about the queue hold, and those that sum a month of the ledger."""
@@ -25,6 +27,7 @@ RETRY_S = 60.0
 
 _NOW = query("figures_now")
 _CONNECTIONS = query("figures_connections")
+_DRIFT = query("figures_drift")
 _TICK = query("figures_tick")
 _POLLS = query("figures_polls")
 _SPEND = query("figures_spend")
@@ -48,6 +51,7 @@ class Figures:
 
     Args:
         by_tenant: give spend, tokens and polls a label for the tenant. As many series as there are tenants.
+        gateways: the sources whose rows may be the money of another connection; such are not added.
     """
 
     def __init__(
@@ -56,11 +60,13 @@ class Figures:
         sources: Collection[SourceFact],
         *,
         by_tenant: bool = False,
+        gateways: Collection[Gateway] = (),
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._db = db
         self._sources = list(sources)
         self._by_tenant = by_tenant
+        self._gateways = gateways
         self._clock = clock
         self._lock = anyio.Lock()
         self._fast = _Held(self._read_fast, FAST_S)
@@ -76,6 +82,7 @@ class Figures:
         now = await self._db.fetchrow(_NOW, timeout_s=FAST_TIMEOUT_S)
         assert now is not None  # a select without `from` has one row
         connections = await self._db.fetch(_CONNECTIONS, timeout_s=FAST_TIMEOUT_S)
+        drift = await self._db.fetch(_DRIFT, timeout_s=FAST_TIMEOUT_S)
         tick = await self._db.fetchrow(_TICK, timeout_s=FAST_TIMEOUT_S)
         names, sources = self._columns(lambda fact: not fact.is_cost)
         polls = await self._db.fetch(_POLLS, self._by_tenant, names, sources, timeout_s=FAST_TIMEOUT_S)
@@ -107,6 +114,12 @@ class Figures:
             Gauge(
                 "tallyd_connections", "Connections by state.", ["state"], [((r["state"],), r["n"]) for r in connections]
             ),
+            Gauge(
+                "tallyd_redis_counter_drift",
+                "What a quota source's counters show, less what the ledger holds, in their units.",
+                ["quota"],
+                [((row["quota"],), row["drift"]) for row in drift],
+            ),
             *(_tick_gauges(tick) if tick is not None else ()),
             self._gauge(
                 "tallyd_poll_last_success_timestamp_seconds",
@@ -122,18 +135,22 @@ class Figures:
 
     async def _read_slow(self) -> list[Gauge]:
         facts = self._sources
-        spend = await self._db.fetch(
-            _SPEND,
-            self._by_tenant,
-            [fact.provider for fact in facts],
-            [fact.source for fact in facts],
-            [fact.is_cost for fact in facts],
-            [fact.reach for fact in facts],
-            timeout_s=SLOW_TIMEOUT_S,
-        )
-        tokens = await self._db.fetch(
-            _TOKENS, self._by_tenant, *self._columns(lambda fact: not fact.is_cost), timeout_s=SLOW_TIMEOUT_S
-        )
+        async with one_moment(self._db, SLOW_TIMEOUT_S) as moment:
+            shade = await cast_shadows(
+                moment, self._gateways, across=not self._by_tenant, as_of=None, timeout_s=SLOW_TIMEOUT_S
+            )
+            spend = await moment.fetch(
+                _SPEND,
+                self._by_tenant,
+                [fact.provider for fact in facts],
+                [fact.source for fact in facts],
+                [fact.is_cost for fact in facts],
+                [fact.reach for fact in facts],
+                *shade.arguments,
+                timeout_s=SLOW_TIMEOUT_S,
+            )
+            usage = self._columns(lambda fact: not fact.is_cost)
+            tokens = await moment.fetch(_TOKENS, self._by_tenant, *usage, *shade.arguments, timeout_s=SLOW_TIMEOUT_S)
         keys = ("basis", "currency", "period", "state")
         classes = ("input", "cache_read", "cache_write", "output")
         return [

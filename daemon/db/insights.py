@@ -12,12 +12,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from daemon.db.pool import Database, Record, query
+from daemon.db import names
+from daemon.db.overlaps import Shade, cast_shadows, labels, one_moment
+from daemon.db.pool import Database, Executor, Record, query
+from daemon.domain.collection import NameKind
 from daemon.domain.errors import UsageError
+from daemon.domain.overlap import Gateway, Reason
 from daemon.domain.record import Basis
 from daemon.domain.window import rfc3339
 
@@ -44,13 +48,24 @@ _KEYS: dict[str, str] = {
     "hour": "to_char(u.bucket_start at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:00:00\"Z\"')",
     "month": "to_char(u.bucket_start at time zone 'UTC', 'YYYY-MM')",
     "project": "coalesce(u.dims ->> 'project_id', u.dims ->> 'workspace_id')",
+    "workspace": "u.dims ->> 'workspace_id'",
+    "team": "u.dims ->> 'team_id'",
     "api_key": "u.dims ->> 'api_key_id'",
     "user": "coalesce(u.dims ->> 'user_id', u.dims ->> 'actor')",
     "service_tier": "u.dims ->> 'service_tier'",
     "line_item": "coalesce(u.dims ->> 'line_item', u.dims ->> 'description')",
 }
+# The keys whose values are ids that may have a name, and what the names are of.
+_NAMED: dict[str, tuple[NameKind, ...]] = {
+    "project": ("project", "workspace"),
+    "workspace": ("workspace",),
+    "team": ("team",),
+    "api_key": ("api_key",),
+    "user": ("user",),
+}
 _DIM = re.compile(r"dim:([a-z][a-z0-9_]{0,62})")
 Line = TypeVar("Line")
+Group = tuple[tuple[str, str | None], ...]
 METRICS = ("input_tokens", "cache_read_tokens", "cache_write_tokens", "output_tokens", "requests")
 
 _CURRENT = """
@@ -78,18 +93,41 @@ _AS_OF = """
 
 @dataclass(frozen=True, slots=True)
 class UsageLine:
-    """`group` in the order that was asked for; a metric that no row reports is None."""
+    """`group` in the order that was asked for, `names` what people call its ids; a metric that no row reports is None."""
 
-    group: tuple[tuple[str, str | None], ...]
+    group: Group
     metrics: tuple[tuple[str, int | None], ...]
+    names: Group = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SpendLine:
-    group: tuple[tuple[str, str | None], ...]
+    group: Group
     amount: Decimal
     currency: str
     basis: Basis
+    names: Group = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Money that another connection's report tells too, so that it is not added.
+
+    Attributes:
+        same_as: the connection that counts in its place, `TENANT/NAME`.
+        amount: None where none of the rows has a price.
+        reason: "gateway", whose row the vendor has too; "duplicate", the same organisation twice.
+    """
+
+    tenant: str
+    connection: str
+    source: str
+    same_as: str
+    amount: Decimal | None
+    currency: str | None
+    basis: Basis
+    rows: int
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +138,7 @@ class Question:
         group_by: of `_KEYS`, or `dim:<name>` for a provider's own dimension.
         cost_sources: (provider, source) pairs that report money, not usage.
         as_of: the answer as it was then; clamped to the oldest open flush.
+        gateways: the sources whose rows may be the money of another connection.
     """
 
     since: datetime | None
@@ -107,14 +146,24 @@ class Question:
     group_by: Sequence[str]
     cost_sources: Collection[tuple[str, str]]
     as_of: datetime | None = None
+    gateways: Collection[Gateway] = ()
+
+    @property
+    def sums_tenants(self) -> bool:
+        """Whether a line may hold the money of several tenants: then an organisation of two of them counts once."""
+        return "tenant" not in self.group_by
 
 
 @dataclass(frozen=True, slots=True)
 class Report(Generic[Line]):
-    """The lines, and the instant that was really answered for when `as_of` was asked: never past an open flush."""
+    """The lines, and the instant that was really answered for when `as_of` was asked: never past an open flush.
+
+    `left_out` is what the lines do not hold, since other connections tell the same money.
+    """
 
     lines: tuple[Line, ...]
     as_of: datetime | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +282,7 @@ _LAWS: tuple[tuple[str, str, str], ...] = (
     ("jobs in one state each", query("law_jobs_conserved"), "report it with this output"),
     ("ready jobs above the floor", query("law_ready_floor"), "`update ready_floor set at = '0'` in psql"),
     ("messages and places", query("law_messages"), "report it with this output"),
+    ("quota history equals use", query("law_quota_used"), "report it with this output"),
     ("partitions made ahead", query("law_partitions"), "start a replica: its maintenance makes them"),
 )
 
@@ -244,14 +294,12 @@ class Insights:
     async def usage(self, question: Question) -> Report[UsageLine]:
         """Token and request sums, of the usage reports only."""
         keys, expressions = _grouping(question.group_by)
-        as_of = await self._settled(question.as_of)
         sums = ", ".join(f"sum(u.{metric})::bigint" for metric in METRICS)
-        lines = []
-        for row in await self._grouped(question, as_of, expressions, sums, where="not x.is_cost"):
-            values = tuple(row.values())
-            group, metrics = values[: len(keys)], values[len(keys) :]
-            lines.append(UsageLine(tuple(zip(keys, group, strict=True)), tuple(zip(METRICS, metrics, strict=True))))
-        return Report(tuple(lines), as_of)
+        found = await self._read(question, keys, expressions, sums, where="not x.is_cost")
+        lines = [
+            UsageLine(group, tuple(zip(METRICS, values, strict=True)), named) for group, values, named in found.lines
+        ]
+        return Report(tuple(lines), found.as_of, found.left_out)
 
     async def spend(self, question: Question) -> Report[SpendLine]:
         """Money, split by currency and basis: as the cost reports say, and as we price the usage reports.
@@ -259,34 +307,40 @@ class Insights:
         Unpriced rows have no amount and are not in here: see `unpriced`.
         """
         keys, expressions = _grouping(question.group_by)
-        as_of = await self._settled(question.as_of)
-        where = "u.amount is not null and u.basis = case when x.is_cost then 'provider' else 'local' end"
         expressions = [*expressions, "u.currency", "u.basis"]
-        lines = []
-        for row in await self._grouped(question, as_of, expressions, "trim_scale(sum(u.amount))", where=where):
-            *group, currency, basis, amount = row.values()
-            lines.append(SpendLine(tuple(zip(keys, group, strict=True)), amount, currency, basis))
-        return Report(tuple(lines), as_of)
+        found = await self._read(question, keys, expressions, "trim_scale(sum(u.amount))", where=_MONEY)
+        lines = [
+            SpendLine(group, amount, currency, basis, named) for group, (currency, basis, amount), named in found.lines
+        ]
+        return Report(tuple(lines), found.as_of, found.left_out)
 
-    async def _grouped(
-        self, question: Question, as_of: datetime | None, expressions: Sequence[str], sums: str, *, where: str
-    ) -> list[Record]:
-        # Only texts of this module get into the statement; a dimension's name has passed its pattern.
-        columns = "".join(f"{expression} as k{i}, " for i, expression in enumerate(expressions))
-        places = ", ".join(str(i + 1) for i in range(len(expressions)))
-        sql = (
-            f"with u as ({_CURRENT if as_of is None else _AS_OF})\n"  # noqa: S608
-            f"select {columns}{sums}\n"
-            "from u join stream s on s.id = u.stream_id join connection c on c.id = s.connection_id\n"
-            "join tenant t on t.id = c.tenant_id\n"
-            "cross join lateral (select exists (select from unnest($4::text[], $5::text[]) as x(provider, source)"
-            " where x.provider = c.provider and x.source = s.source) as is_cost) x\n"
-            f"where {where}\n" + (f"group by {places} order by {places}" if places else "having count(*) > 0")
-        )
-        providers = [provider for provider, _ in question.cost_sources]
-        sources = [source for _, source in question.cost_sources]
-        return await self._db.fetch(
-            sql, question.since, question.until, as_of, providers, sources, timeout_s=REPORT_TIMEOUT_S
+    async def overlaps(self, question: Question) -> Report[LeftOut]:
+        """What the same money through other connections keeps out of the sums, by connection, source and reason."""
+        as_of = await self._settled(question.as_of)
+        async with one_moment(self._db, REPORT_TIMEOUT_S) as moment:
+            shade = await self._shade(moment, question, as_of)
+            return Report(await _left_out(moment, question, as_of, shade, where="true"), as_of)
+
+    async def _read(
+        self, question: Question, keys: Sequence[str], expressions: Sequence[str], sums: str, *, where: str
+    ) -> Report[_Found]:
+        """The lines of a report: their groups, their other values, and the names of the ids in the groups."""
+        as_of = await self._settled(question.as_of)
+        async with one_moment(self._db, REPORT_TIMEOUT_S) as moment:
+            shade = await self._shade(moment, question, as_of)
+            rows = await _grouped(moment, question, as_of, expressions, sums, shade, where=where)
+            left_out = await _left_out(moment, question, as_of, shade, where=where)
+            groups = [tuple(zip(keys, row.values(), strict=False)) for row in rows]
+            named = await _named(moment, keys, groups)
+        lines = [
+            (group, tuple(row.values())[len(keys) :], of_group)
+            for group, row, of_group in zip(groups, rows, named, strict=True)
+        ]
+        return Report(tuple(lines), as_of, left_out)
+
+    async def _shade(self, moment: Executor, question: Question, as_of: datetime | None) -> Shade:
+        return await cast_shadows(
+            moment, question.gateways, across=question.sums_tenants, as_of=as_of, timeout_s=REPORT_TIMEOUT_S
         )
 
     async def _settled(self, as_of: datetime | None) -> datetime | None:
@@ -296,9 +350,14 @@ class Insights:
         # Strictly before the horizon: a flush that began at that very instant may still be open.
         return min(as_of, horizon - timedelta(microseconds=1))
 
-    async def unpriced(self, *, since: datetime | None, until: datetime | None) -> list[tuple[str | None, int]]:
-        """(model, rows) without a known price, most rows first."""
-        return [(row["model"], row["rows"]) for row in await self._db.fetch(_UNPRICED, since, until)]
+    async def unpriced(self, question: Question) -> list[tuple[str | None, int]]:
+        """(model, rows) that `spend` would add now if their price were known, most rows first."""
+        async with one_moment(self._db, REPORT_TIMEOUT_S) as moment:
+            shade = await self._shade(moment, question, None)
+            rows = await moment.fetch(
+                _UNPRICED, question.since, question.until, *shade.arguments, timeout_s=REPORT_TIMEOUT_S
+            )
+        return [(row["model"], row["rows"]) for row in rows]
 
     async def gaps(self, *, tenant: str | None = None, stale: timedelta = STALE) -> list[Gap]:
         """What the ledger does not hold though it should: by tenant, connection and source."""
@@ -342,6 +401,87 @@ class Insights:
             where = "" if stream_id is None else f"{labels.get(stream_id, f'stream {stream_id}')}: "
             shown.append(where + ", ".join(f"{key} {_plain(value)}" for key, value in values.items()))
         return "; ".join(shown) + (f"; and {len(rows) - 5} more" if len(rows) > 5 else "")
+
+
+_Found = tuple[Group, tuple[Any, ...], Group]
+_MONEY = "u.amount is not null and u.basis = case when x.is_cost then 'provider' else 'local' end"
+# Only texts of this module get into a statement; a dimension's name has passed its pattern.
+_JOINED = (
+    "from u join stream s on s.id = u.stream_id join connection c on c.id = s.connection_id\n"
+    "join tenant t on t.id = c.tenant_id\n"
+    "cross join lateral (select exists (select from unnest($4::text[], $5::text[]) as x(provider, source)"
+    " where x.provider = c.provider and x.source = s.source) as is_cost) x\n"
+)
+
+
+async def _grouped(
+    moment: Executor,
+    question: Question,
+    as_of: datetime | None,
+    expressions: Sequence[str],
+    sums: str,
+    shade: Shade,
+    *,
+    where: str,
+) -> list[Record]:
+    columns = "".join(f"{expression} as k{i}, " for i, expression in enumerate(expressions))
+    places = ", ".join(str(i + 1) for i in range(len(expressions)))
+    lit = f" and not exists (select from {Shade.relation(6)} where {Shade.falls_on('u')})" if shade.shadows else ""
+    sql = (
+        f"with u as ({_CURRENT if as_of is None else _AS_OF})\n"
+        f"select {columns}{sums}\n{_JOINED}where {where}{lit}\n"
+        + (f"group by {places} order by {places}" if places else "having count(*) > 0")
+    )
+    given = (*_arguments(question, as_of), *(shade.arguments if shade.shadows else ()))
+    return await moment.fetch(sql, *given, timeout_s=REPORT_TIMEOUT_S)
+
+
+async def _left_out(
+    moment: Executor, question: Question, as_of: datetime | None, shade: Shade, *, where: str
+) -> tuple[LeftOut, ...]:
+    if not shade.shadows:
+        return ()
+    # Summed by stream first: nobody can estimate how many rows the shadows fall on, and a plan for one would join a
+    # million of them one by one.
+    sql = (
+        f"with r as ({_CURRENT if as_of is None else _AS_OF} and stream_id = any($6::bigint[])),\n"
+        "u as materialized (select r.stream_id, o.by_id, o.vendor is null as is_twin, r.currency, r.basis,"
+        " trim_scale(sum(r.amount)) as amount, count(*) as rows\n"
+        f"from r join {Shade.relation(6)} on {Shade.falls_on('r')} group by 1, 2, 3, 4, 5, r.amount is null)\n"
+        "select t.name, c.name, s.source, u.by_id, u.amount, u.currency, u.basis, u.rows,"
+        f" case when u.is_twin then 'duplicate' else 'gateway' end\n{_JOINED}where {where}\n"
+        "order by 1, 2, 3, 4, 6, 7, 9"
+    )
+    rows = await moment.fetch(sql, *_arguments(question, as_of), *shade.arguments, timeout_s=REPORT_TIMEOUT_S)
+    known = await labels(moment, {row["by_id"] for row in rows})
+    found = []
+    for row in rows:
+        tenant, connection, source, by, amount, currency, basis, count, reason = row.values()
+        found.append(LeftOut(tenant, connection, source, known[by], amount, currency, basis, count, reason))
+    return tuple(found)
+
+
+def _arguments(question: Question, as_of: datetime | None) -> tuple[object, ...]:
+    providers = [provider for provider, _ in question.cost_sources]
+    sources = [source for _, source in question.cost_sources]
+    return question.since, question.until, as_of, providers, sources
+
+
+async def _named(moment: Executor, keys: Sequence[str], groups: Sequence[Group]) -> list[Group]:
+    """For each group what its ids are called now, or were called last. The sums are made before: nothing multiplies."""
+    if not any(key in _NAMED for key in keys):
+        return [()] * len(groups)
+    told = {(key, id_) for group in groups for key, id_ in group if key in _NAMED and id_ is not None}
+    wanted = {(kind, id_) for key, id_ in told for kind in _NAMED[key]}
+    book = await names.look_up(moment, wanted)
+    return [
+        tuple(
+            (f"{key}_name", None if id_ is None else book.name_of(_NAMED[key], id_, dict(group)))
+            for key, id_ in group
+            if key in _NAMED
+        )
+        for group in groups
+    ]
 
 
 async def read_ticks(db: Database, limit: int, slot: datetime | None, complete_ratio: float) -> tuple[Tick, ...]:

@@ -299,6 +299,15 @@ create table quota_change (
   poll_seq bigint not null
 ) partition by RANGE (at);
 
+create table quota_drift (
+  stream_id bigint not null,
+  at timestamp with time zone default now() not null,
+  counters integer not null,
+  counted numeric not null,
+  booked numeric not null,
+  drift numeric not null
+);
+
 create table ready (
   key_id bigint not null,
   prio smallint not null,
@@ -312,6 +321,56 @@ create table ready (
 
 create table ready_floor (
   at xid8 not null
+);
+
+create table resource (
+  stream_id bigint not null,
+  id text not null,
+  tenant_id bigint not null,
+  version text not null,
+  content jsonb not null,
+  revision integer default 1 not null,
+  poll_seq bigint not null,
+  changed_at timestamp with time zone default now() not null,
+  gone_at timestamp with time zone
+);
+
+create table resource_batch (
+  job_id bigint not null,
+  stream_id bigint not null,
+  seq bigint not null,
+  is_retry boolean not null,
+  token bigint,
+  slot smallint
+);
+
+create table resource_fence (
+  stream_id bigint not null,
+  id text not null,
+  listed_seq bigint default 0 not null,
+  read_seq bigint default 0 not null,
+  job_id bigint,
+  dead_job bigint
+) with (fillfactor=60);
+
+create table resource_run (
+  stream_id bigint not null,
+  tenant_id bigint not null,
+  seq bigint default 0 not null,
+  is_whole boolean default true not null,
+  whole_seq bigint default 0 not null,
+  began_at timestamp with time zone default now() not null,
+  ended_at timestamp with time zone,
+  listed integer default 0 not null,
+  unchanged integer default 0 not null,
+  changed integer default 0 not null,
+  failed integer default 0 not null,
+  gone integer default 0 not null,
+  withheld integer default 0 not null,
+  calls integer default 0 not null,
+  calls_saved integer default 0 not null,
+  batches integer default 0 not null,
+  batches_done integer default 0 not null
 );
 
 create table schedule (
@@ -500,6 +559,16 @@ alter table payload add constraint payload_pkey PRIMARY KEY (id);
 
 alter table quota add constraint quota_pkey PRIMARY KEY (stream_id, key);
 
+alter table quota_drift add constraint quota_drift_pkey PRIMARY KEY (stream_id);
+
+alter table resource add constraint resource_pkey PRIMARY KEY (stream_id, id);
+
+alter table resource_batch add constraint resource_batch_pkey PRIMARY KEY (job_id);
+
+alter table resource_fence add constraint resource_fence_pkey PRIMARY KEY (stream_id, id);
+
+alter table resource_run add constraint resource_run_pkey PRIMARY KEY (stream_id);
+
 alter table schedule add constraint schedule_pkey PRIMARY KEY (account_id, id);
 
 alter table schema_migration add constraint schema_migration_pkey PRIMARY KEY (version);
@@ -613,6 +682,8 @@ CREATE UNIQUE INDEX ready_floor_one ON public.ready_floor USING btree ((true));
 CREATE INDEX ready_id ON public.ready USING btree (id);
 
 CREATE INDEX ready_key ON public.ready USING btree (key_id, prio, born, id);
+
+CREATE INDEX resource_batch_stream ON public.resource_batch USING btree (stream_id);
 
 CREATE INDEX schedule_next ON public.schedule USING btree (next_at) WHERE (NOT is_paused);
 

@@ -24,6 +24,7 @@ _EPOCHS_OF = query("epochs_of")
 _HELD = query("held_totals")
 _LOST_SEQUENCES = query("lost_sequences")
 _MEND_SEQUENCES = query("mend_sequences")
+_SETTINGS_OF = query("settings_of_streams")
 _LOCK_OF = query("lock_streams_of")
 _CUTS_OF = query("cuts_of")
 _ADD_EPOCHS = query("add_epochs")
@@ -121,6 +122,14 @@ async def check_sequences(db: Executor) -> None:
 async def mend_sequences(db: Executor) -> dict[str, int]:
     """Set each sequence that is behind to the newest number in use. Returns those, with their new positions."""
     return {row["name"]: row["newest"] for row in await db.fetch(_MEND_SEQUENCES, timeout_s=_SCAN_TIMEOUT_S)}
+
+
+async def settings_of(
+    tx: Executor, found: Sequence[StreamId]
+) -> list[tuple[TenantId, ConnectionId, Mapping[str, object]]]:
+    """Tenant, connection and settings of each stream."""
+    rows = await tx.fetch(_SETTINGS_OF, list(found))
+    return [(TenantId(r["tenant_id"]), ConnectionId(r["id"]), msgspec.json.decode(r["settings"])) for r in rows]
 
 
 async def lock_of(tx: Executor, connections: Sequence[ConnectionId]) -> None:

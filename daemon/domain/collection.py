@@ -58,8 +58,13 @@ class Collected:
         digest: of the collection as a whole, kept once it has been read to its end, and handed to the next reading.
         is_restored: what holds the collection is another one than at the last reading: a server that was started from
             a snapshot, or took over. What fell was not used up again.
+        unread: kinds of names that were not read as a whole, because the provider does not show them to this key or
+            does not have them: what is stored of them, and was not met, is not gone. It may come with no items at all.
+        skipped: how many items beside these could not be read for what they are.
     """
 
     items: Sequence[Item]
     digest: bytes | None = None
     is_restored: bool = False
+    unread: frozenset[NameKind] = frozenset()
+    skipped: int = 0

@@ -38,6 +38,20 @@ class Caller(Protocol):
         """
         ...
 
+    async def post(
+        self, path: str, body: bytes, headers: Mapping[str, str] | None = None, *, base_url: str | None = None
+    ) -> Answer:
+        """POST a question whose parameters are in its body: tried again like `get`, so never for what changes anything.
+
+        Args:
+            headers: the content type among them.
+            base_url: of another host of the same provider, such as the one that hands out tokens.
+
+        Raises:
+            As `get`.
+        """
+        ...
+
     async def run(self, send: Callable[[], Awaitable[T]]) -> T:
         """A request by other means: limited, tried again and counted as one of `get` is.
 
@@ -161,7 +175,8 @@ class Collector(Protocol):
     """What a poller has besides, some of whose sources are collections."""
 
     def collect(self, target: Target, source: str, known: bytes | None, call: Caller) -> AsyncIterator[Collected]:
-        """Read a collection once, in parts of some hundred or thousand items, which are written as they come.
+        """Read a collection once, in parts of some hundred or thousand items, which are written as they come: an async
+        generator, which is closed where the reading is cut short.
 
         It ends when the whole was read, and raises when it cannot be: what was written stays, and the next reading
         begins anew.

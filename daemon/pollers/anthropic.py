@@ -7,18 +7,20 @@ the grain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
 
+from daemon.domain.collection import Collected
 from daemon.domain.connection import Identity, Target
 from daemon.domain.errors import BadRequestError, ForbiddenError, SchemaDriftError, UsageError
-from daemon.domain.ports import Caller, Ladder, Probe, SourceSpec
+from daemon.domain.ports import Caller, Ladder, Probe, SourceSpec, collection
 from daemon.domain.record import Grain, Snapshot, Totals, totals_of
 from daemon.domain.window import Width, Window
 from daemon.pollers import _anthropic_analytics as analytics
+from daemon.pollers import _anthropic_names
 from daemon.pollers import _anthropic_reports as reports
 from daemon.pollers._anthropic_rows import headers
 from daemon.pollers.chain import check_group_by, check_key_kind, check_known, decode
@@ -48,6 +50,7 @@ class AnthropicPoller:
     sources: Mapping[str, SourceSpec] = {
         "messages": SourceSpec("messages", "usage", "tick", USAGE_LADDER, reports.LIMITS["messages"], can_probe=True),
         "cost": SourceSpec("cost", "cost", "hourly", COST_LADDER, reports.LIMITS["cost"]),
+        "names": collection("names", "names", "daily"),
     }
 
     def __init__(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
@@ -74,7 +77,7 @@ class AnthropicPoller:
     def grain(self, source: str, settings: Mapping[str, Any]) -> Grain:
         api = settings.get("api", "reports")
         defaults = analytics.DEFAULTS if api == "analytics" else reports.DEFAULTS
-        group_by = settings.get("group_by", {}).get(source, defaults[source])
+        group_by = settings.get("group_by", {}).get(source, defaults.get(source, ()))
         return Grain(api, Width.DAY if source == "cost" else Width.HOUR, tuple(sorted(group_by)))
 
     async def identify(self, target: Target, call: Caller) -> Identity:
@@ -107,3 +110,12 @@ class AnthropicPoller:
     ) -> Mapping[datetime, Totals]:
         snapshot = await self.fetch(target, source, Grain(grain.api, grain.width, ()), window, call)
         return {bucket.start: totals_of(bucket.rows) for bucket in snapshot.buckets if bucket.rows}
+
+    def collect(
+        self,
+        target: Target,
+        source: str,  # noqa: ARG002 - there is one
+        known: bytes | None,  # noqa: ARG002 - no list has a version
+        call: Caller,
+    ) -> AsyncIterator[Collected]:
+        return _anthropic_names.read(target, call)

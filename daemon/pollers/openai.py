@@ -7,19 +7,22 @@ query; an unaligned start clips the first bucket.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 
+from daemon.domain.collection import Collected
 from daemon.domain.connection import Identity, Target
 from daemon.domain.errors import BadRequestError, ForbiddenError, HistoryFloorError, SchemaDriftError
-from daemon.domain.ports import Cadence, Caller, Ladder, Probe, SourceSpec
+from daemon.domain.ports import Cadence, Caller, Ladder, Probe, SourceSpec, collection
 from daemon.domain.record import Dims, Grain, Rating, Row, Snapshot, Totals, totals_of
 from daemon.domain.window import Width, Window, from_epoch, to_epoch
+from daemon.pollers._names import Listing, Unread, decode_list, follow, names_of
 from daemon.pollers.chain import (
     Fields,
     Page,
@@ -97,8 +100,17 @@ class _Projects(msgspec.Struct):
     data: list[dict[str, Any]] = []
 
 
+class _List(msgspec.Struct):
+    """Projects, users or keys; the cursor is the last one's id."""
+
+    data: list[Fields]
+    has_more: bool
+    last_id: str | None = None
+
+
 _page_decoder = msgspec.json.Decoder(_Page, float_hook=Decimal)
 _projects_decoder = msgspec.json.Decoder(_Projects)
+_list_decoder = msgspec.json.Decoder(_List, float_hook=Decimal)
 
 
 # ── Rows ────────────────────────────────────────────────────────────────────────────────────────
@@ -256,7 +268,10 @@ class OpenAIPoller:
 
     provider = "openai"
     default_base_url = "https://api.openai.com/v1"
-    sources: Mapping[str, SourceSpec] = {name: _spec(name) for name in _REPORTS}
+    sources: Mapping[str, SourceSpec] = {
+        **{name: _spec(name) for name in _REPORTS},
+        "names": collection("names", "names", "daily"),
+    }
 
     def __init__(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._now = now
@@ -273,7 +288,8 @@ class OpenAIPoller:
         )
 
     def grain(self, source: str, settings: Mapping[str, Any]) -> Grain:
-        group_by = settings.get("group_by", {}).get(source, _REPORTS[source].group_by)
+        default = _REPORTS[source].group_by if source in _REPORTS else _NONE
+        group_by = settings.get("group_by", {}).get(source, default)
         return Grain("v1", Width.DAY if source == "costs" else Width.HOUR, tuple(sorted(group_by)))
 
     async def identify(self, target: Target, call: Caller) -> Identity:
@@ -309,6 +325,34 @@ class OpenAIPoller:
         pages = await self._read(target, source, Grain(grain.api, grain.width, ()), window, call)
         _, buckets = in_order(pages, window, grain.width, may_send_empty=True)
         return {bucket.start: totals_of(bucket.rows) for bucket in buckets if bucket.rows}
+
+    async def collect(
+        self,
+        target: Target,
+        source: str,  # noqa: ARG002 - there is one
+        known: bytes | None,  # noqa: ARG002 - no list has a version
+        call: Caller,
+    ) -> AsyncIterator[Collected]:
+        """Projects, archived ones too, then people, then each project's keys. Who has no name is called by e-mail."""
+        unread = Unread()
+        projects: list[str] = []
+        with unread.of("project"):
+            every = (("include_archived", "true"),)
+            async for items in _listed(target, "/organization/projects", every, call):
+                projects += [id_ for item in items if type(id_ := item.get("id")) is str]
+                yield Collected(names_of("project", items, "id", "name"))
+        with unread.of("user"):
+            async for items in _listed(target, "/organization/users", (), call):
+                yield Collected(names_of("user", items, "id", "name", "email"))
+        unread.spread("project", onto="api_key")
+        for project in projects:
+            with unread.of("api_key"):
+                async for items in _listed(
+                    target, f"/organization/projects/{quote(project, safe='')}/api_keys", (), call
+                ):
+                    yield Collected(names_of("api_key", items, "id", "name", "redacted_value"))
+        for last in unread.ending():
+            yield last
 
     async def _read(self, target: Target, source: str, grain: Grain, window: Window, call: Caller) -> list[Page]:
         width = grain.width
@@ -347,6 +391,20 @@ class OpenAIPoller:
             if earliest > window.start:
                 return HistoryFloorError(earliest, str(error))
         return error
+
+
+def _listed(
+    target: Target, path: str, query: Sequence[tuple[str, str]], call: Caller
+) -> AsyncIterator[Sequence[Fields]]:
+    async def ask(cursor: str | None) -> Listing:
+        after = () if cursor is None else (("after", cursor),)
+        answer = await call.get(path, (*query, ("limit", "100"), *after), _headers(target))
+        page = decode_list(_list_decoder, answer, path)
+        if page.has_more and page.data and not page.last_id:
+            raise SchemaDriftError(f"{path}: the page says that there are more, and gives no cursor")
+        return Listing(page.data, page.last_id if page.has_more else None)
+
+    return follow(ask, path)
 
 
 def _headers(target: Target) -> dict[str, str]:

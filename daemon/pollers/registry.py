@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 
 from daemon.domain.errors import UsageError
@@ -16,10 +15,16 @@ class Pollers(Mapping[str, Poller]):
     """Pollers by provider. One that does not load is left out, and `problems` says why; it never stops the daemon.
 
     Each is imported when it is first looked at, so that `tallyd --help` pays for none.
+
+    Args:
+        set_up: done with each once it is made.
     """
 
-    def __init__(self, found: Mapping[str, list[EntryPoint]]) -> None:
+    def __init__(
+        self, found: Mapping[str, list[EntryPoint]], set_up: Callable[[Poller], None] = lambda _: None
+    ) -> None:
         self._found = found
+        self._set_up = set_up
         self._loaded: dict[str, Poller | None] = {}
         self.problems: dict[str, str] = {}
         for name, points in found.items():
@@ -35,6 +40,7 @@ class Pollers(Mapping[str, Poller]):
                 poller: Poller = point.load()()
                 if poller.provider != name:
                     raise TypeError(f"it calls itself {poller.provider!r}")
+                self._set_up(poller)
                 self._loaded[name] = poller
             except Exception as error:  # noqa: BLE001 - someone else's module may raise anything at import
                 self.problems[name] = f"poller {name} ({point.value}) does not load: {type(error).__name__}: {error}"
@@ -60,8 +66,16 @@ class Pollers(Mapping[str, Poller]):
         raise UsageError("provider", f"{provider!r}: {reason}", f"use one of {', '.join(sorted(self))}")
 
 
-@cache
-def load_pollers() -> Pollers:
+def check_settings(poller: Poller, settings: Mapping[str, object]) -> None:
+    """Raise UsageError for a setting that neither every connection nor this provider knows."""
+    own = dict(settings)
+    overlap = own.pop("overlap", "auto")
+    if overlap not in ("auto", "add"):
+        raise UsageError("settings.overlap", f"{overlap!r} is no way to count", "use auto or add")
+    poller.check_settings(own)
+
+
+def load_pollers(set_up: Callable[[Poller], None] = lambda _: None) -> Pollers:
     """All pollers of this installation; our own come first where two packages claim a name."""
     found: dict[str, list[EntryPoint]] = {}
     for point in sorted(
@@ -69,12 +83,7 @@ def load_pollers() -> Pollers:
     ):
         if point not in found.setdefault(point.name, []):
             found[point.name].append(point)
-    return Pollers(found)
+    return Pollers(found, set_up)
 
 
-def get(provider: str) -> Poller:
-    """The poller of a provider. Raises UsageError naming the known ones."""
-    return load_pollers().named(provider)
-
-
-__all__ = ["GROUP", "Pollers", "get", "load_pollers"]
+__all__ = ["GROUP", "Pollers", "check_settings", "load_pollers"]

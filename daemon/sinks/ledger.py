@@ -84,9 +84,9 @@ class Lot:
         return len(self.part.items)
 
     def cut(self, rows: int) -> Iterator[Lot]:
-        """Parts of that many items at the most."""
+        """Parts of that many items at the most; one without items still tells what could not be read."""
         items = self.part.items
-        for at in range(0, len(items), rows):
+        for at in range(0, max(1, len(items)), rows):
             yield replace(self, part=replace(self.part, items=items[at : at + rows]))
 
 

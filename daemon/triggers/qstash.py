@@ -19,10 +19,10 @@ import msgspec
 import structlog
 
 from daemon import orchestrate
-from daemon.db import handovers
-from daemon.db.pool import Database
+from daemon.db import handovers, quota
+from daemon.db.pool import Database, Session
 from daemon.db.text import storable
-from daemon.domain.connection import Secret
+from daemon.domain.connection import ConnectionId, Secret
 from daemon.domain.errors import PermanentError, SignatureError, UsageError
 from daemon.domain.job import JobId
 from daemon.domain.window import rfc3339
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from qstash import Receiver
 
 ORCHESTRATE_PATH = "/api/poll/orchestrate"
+QUOTA_PATH = "/api/quota/sync"
+QUOTA_PATH_ALIAS = "/api/cron/update-usage"
+"""What users call theirs who have had a cron of their own."""
 SCHEDULE_ID = "tallyd-poll"
 SKEW_S = 10.0
 """A delivery that was signed up to this long in our future waits until it is valid: the SDK knows no tolerance."""
@@ -152,6 +155,11 @@ class _TickOrder(msgspec.Struct, forbid_unknown_fields=True):
     slot: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
 
 
+class _QuotaOrder(msgspec.Struct, forbid_unknown_fields=True):
+    tenant: str | None = None
+    name: str | None = None
+
+
 class _ReleaseOrder(msgspec.Struct, forbid_unknown_fields=True):
     batch: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 
@@ -200,6 +208,27 @@ class Deliveries:
             "batches": made.batches,
             "connections": made.connections,
         }
+
+    async def sync_quotas(self, body: bytes, message: str, request_id: str) -> dict[str, object]:
+        """Sync the quota sources that `{}`, `{"tenant": T}` or `{"tenant": T, "name": N}` names, once for each message.
+
+        Raises:
+            UsageError: the body is not of that form, or names a source that is not there.
+        """
+        order = _decoded(body or b"{}", _QuotaOrder)
+        if order.name is not None and order.tenant is None:
+            raise UsageError("name", "says nothing without its tenant", 'give {"tenant": ..., "name": ...}')
+
+        async def find(tx: Session) -> list[ConnectionId]:
+            return await quota.connections(tx, order.tenant, order.name)
+
+        occasion = orchestrate.Occasion(via="qstash", message_id=message, request_id=request_id)
+        made = await orchestrate.sync(self._db, self._queue, self._settings, find, occasion)
+        if made.created and not made.connections and order.tenant is not None:
+            raise UsageError(
+                "name" if order.name is not None else "tenant", "has no quota source", "see `tallyd quota list`"
+            )
+        return {"created": made.created, "connections": made.connections, "batches": made.batches}
 
     async def release(self, body: bytes, _message: str, _request_id: str) -> dict[str, object]:
         """Let the batch that `{"batch": id}` names run now. One that runs, is done or never waited is left alone.

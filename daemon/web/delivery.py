@@ -21,7 +21,15 @@ from daemon.domain.errors import DaemonError, SignatureError, TransientError, Us
 from daemon.queue.qstash import CALLBACK_PATH, FAILURE_PATH, WORKER_PATH
 from daemon.telemetry import metrics
 from daemon.telemetry.traces import span
-from daemon.triggers.qstash import ORCHESTRATE_PATH, SKEW_S, Deliveries, Door, message_id
+from daemon.triggers.qstash import (
+    ORCHESTRATE_PATH,
+    QUOTA_PATH,
+    QUOTA_PATH_ALIAS,
+    SKEW_S,
+    Deliveries,
+    Door,
+    message_id,
+)
 
 RETRY_AFTER_S = 15
 ANSWER_S = 10.0
@@ -33,6 +41,8 @@ ID_CHARS_MAX = 200
 log = structlog.get_logger()
 
 Routes = list[BaseRoute]
+_BY_THE_HUNDRED = frozenset({WORKER_PATH, CALLBACK_PATH, FAILURE_PATH})
+"""Each tick brings so many of these."""
 
 Action = Callable[[bytes, str, str], Awaitable[Mapping[str, object]]]
 """(body, message id, request id) to the fields of the answer."""
@@ -60,6 +70,8 @@ def delivery_routes(door: Door, deliveries: Deliveries, settings: DeliverySettin
         WORKER_PATH: deliveries.release,
         CALLBACK_PATH: deliveries.callback,
         FAILURE_PATH: deliveries.failure,
+        QUOTA_PATH: deliveries.sync_quotas,
+        QUOTA_PATH_ALIAS: deliveries.sync_quotas,
     }
     limits = settings or DeliverySettings()
     return [_route(path, action, door, limits) for path, action in actions.items()]
@@ -97,7 +109,7 @@ def _route(path: str, action: Action, door: Door, limits: DeliverySettings) -> R
             else:
                 status, headers = 200, {}
                 accepted.inc()
-                level = log.info if path == ORCHESTRATE_PATH else log.debug  # the others come by the hundred each tick
+                level = log.debug if path in _BY_THE_HUNDRED else log.info
                 level("delivery.accepted", route=path, duration_s=round(perf_counter() - began, 4), **fields)
             trace.set(http__response__status_code=status)
         seconds.observe(perf_counter() - began)

@@ -197,7 +197,7 @@ class Bookkeeper:
     def _count(self, effects: Effects) -> None:
         """Tell the metrics what a committed flush did to the rows that were read."""
         read: dict[StreamId, tuple[str, int]] = {}
-        for piece in self._parts:
+        for piece in self._pieces:
             if piece.stream.id not in self._rejected:
                 _, rows = read.get(piece.stream.id, ("", 0))
                 read[piece.stream.id] = (piece.connection.provider, rows + piece.rows)

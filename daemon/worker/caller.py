@@ -41,6 +41,10 @@ class Http(Protocol):
         """One GET, tried once."""
         ...
 
+    async def post(self, base_url: str, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
+        """One POST, tried once."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class RetrySettings:
@@ -65,7 +69,7 @@ class CountingCaller:
         self._http = http
         self._governor = governor
         self._target = target
-        self._host = urlsplit(target.base_url).netloc.rpartition("@")[2]
+        self._host = _host(target.base_url)
         self._org = org
         self._settings = settings
         self.requests = 0
@@ -78,6 +82,16 @@ class CountingCaller:
             return await self._http.get(self._target.base_url, path, params, headers)
 
         return await self._tried(lambda: self._counted(send, "GET"))
+
+    async def post(
+        self, path: str, body: bytes, headers: Mapping[str, str] | None = None, *, base_url: str | None = None
+    ) -> Answer:
+        url = base_url or self._target.base_url
+
+        async def send() -> Answer:
+            return await self._http.post(url, path, body, headers)
+
+        return await self._tried(lambda: self._counted(send, "POST", _host(url)))
 
     async def run(self, send: Callable[[], Awaitable[T]]) -> T:
         return await self._tried(lambda: self._counted(send))
@@ -105,14 +119,15 @@ class CountingCaller:
                 answer = await send()
         return answer
 
-    async def _counted(self, send: Callable[[], Awaitable[T]], method: str | None = None) -> T:
+    async def _counted(self, send: Callable[[], Awaitable[T]], method: str | None = None, host: str | None = None) -> T:
         """One try. What is no HTTP request and succeeds counts as a 200."""
-        async with self._governor.request(self._host, self._org):
+        host = host or self._host
+        async with self._governor.request(host, self._org):
             self.requests += 1
             began = monotonic()
             code = "none"
             name = "http.request" if method else "request"
-            with span(name, kind="client", server__address=self._host, http__request__method=method) as trace:
+            with span(name, kind="client", server__address=host, http__request__method=method) as trace:
                 try:
                     answer = await send()
                     code = str(answer.status) if isinstance(answer, Answer) else "200"
@@ -132,6 +147,10 @@ class CountingCaller:
         if error.retry_after_s is None:
             return True
         return error.retry_after_s if error.retry_after_s <= self._settings.budget_s else False
+
+
+def _host(base_url: str) -> str:
+    return urlsplit(base_url).netloc.rpartition("@")[2]
 
 
 def _code(error: DaemonError) -> str:

@@ -7,7 +7,8 @@ settles in its last flush, so that after any crash it simply runs again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple, cast
@@ -21,6 +22,7 @@ from daemon.db import ledger, pauses, streams, ticks
 from daemon.db.ledger import StreamEnd
 from daemon.db.pool import Database
 from daemon.db.secrets import Keyring
+from daemon.domain.collection import Collected
 from daemon.domain.connection import Connection, ConnectionId, Stream
 from daemon.domain.errors import (
     BadRequestError,
@@ -364,9 +366,12 @@ class _Collecting:
         self._seq = await _fresh_seq(context, stream)
         collector = cast("Collector", context.poller)
         parts = collector.collect(context.connection.target, stream.source, stream.probe_digest, context.caller)
-        async for part in parts:
-            self._digest = part.digest or self._digest
-            await context.outbox.send(Lot(context.connection, stream, self._spec.kind, self._seq, part))
+        async with aclosing(
+            cast("AsyncGenerator[Collected]", parts)
+        ):  # or what a cancelled poll leaves open is closed some time later
+            async for part in parts:
+                self._digest = part.digest or self._digest
+                await context.outbox.send(Lot(context.connection, stream, self._spec.kind, self._seq, part))
         self._is_whole = self.has_read = True
 
     def end(self) -> StreamEnd | None:
@@ -409,6 +414,7 @@ class _Reading:
         self._covered_to = stream.epochs[-1].grain.width.floor(context.now)
         self._pages = 0
         self._probe_digest: bytes | None = None
+        self._mark: bytes | None = None
         self._is_whole = False
         self.has_read = False
 
@@ -450,6 +456,7 @@ class _Reading:
             context.connection.target, self._spec.name, chunk.epoch.grain, chunk.window, context.caller
         )
         if probe.totals is None:
+            self._mark = probe.digest
             return (None if probe.digest == stream.probe_digest else chunk.window), {}
         nothing = Totals()
         for start in chunk.window.buckets(chunk.epoch.grain.width):
@@ -484,8 +491,9 @@ class _Reading:
                 continue
             break
         if is_live and self._probe_digest is None:
-            # The first answer has the oldest stamp: what is newer than that is read again.
-            self._probe_digest = snapshot.digest
+            # The first answer has the oldest stamp: what is newer than that is read again. A report that has no stamp of
+            # its own was read after the probe, and has at least what that told of.
+            self._probe_digest = snapshot.digest or self._mark
         witness: Witness
         totals, witness = probed, "totals"
         if context.order.mode is Mode.FULL and self._spec.has_totals:

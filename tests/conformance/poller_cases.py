@@ -1,108 +1,14 @@
-"""What the poller suite needs to know about one source: how its rows look on the wire, and what they mean.
+"""The sources of OpenAI and Anthropic, for the suite that every poller passes."""
 
-To run the suite on a poller of your own, describe each of its sources as a `Case`, in a tuple `CASES` of a module of
-yours, and name the module: `TALLYD_TEST_POLLER_CASES=my_package.cases pytest tests/conformance/test_pollers.py`.
-"""
-
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from importlib import import_module
 from typing import Any
 
-import httpx
-
-from daemon.domain.connection import Secret, Target
-from daemon.domain.ports import Poller
-from daemon.domain.record import Grain, Row
-from daemon.domain.window import Window, rfc3339, to_epoch
-from daemon.http_client import HttpClient
+from daemon.domain.record import Row
+from daemon.domain.window import rfc3339, to_epoch
 from daemon.pollers.anthropic import AnthropicPoller
 from daemon.pollers.openai import OpenAIPoller
-
-NOW = datetime(2026, 11, 22, 10, 20, tzinfo=UTC)
-Wire = dict[str, Any]
-Bucket = tuple[datetime, datetime, list[Wire]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One source of one poller.
-
-    Attributes:
-        row: a row as the provider sends it, by number; rows of different numbers differ in a dimension.
-        means: what that row must be read as, but for detail and rating.
-        page: the envelope around buckets, with the cursor of the next page; has_more where it is not None.
-        required: a field without which a row is no row; optional: one that may be missing, and is None then.
-        set_amount: a row of the same dimensions with another amount, as JSON text; None if the source has no money.
-        amount_scale: what one unit on the wire is worth in whole units of the currency.
-        has_empty_buckets: the provider sends buckets without rows, so that a hole is a lost page.
-        is_row_paged: a page may end inside a bucket.
-    """
-
-    id: str
-    poller: Poller
-    source: str
-    row: Callable[[int], Wire]
-    means: Callable[[int], Row]
-    page: Callable[[Sequence[Bucket], bool, str | None], Wire]
-    error: Callable[[str], Wire]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    required: str = ""
-    optional: str | None = None
-    set_amount: Callable[[Wire, Any], Wire] | None = None
-    amount_scale: Decimal = Decimal(1)
-    has_empty_buckets: bool = False
-    is_row_paged: bool = False
-
-    @property
-    def grain(self) -> Grain:
-        return self.poller.grain(self.source, self.settings)
-
-    @property
-    def target(self) -> Target:
-        return Target(self.poller.provider, "https://provider.test", Secret("key-of-the-test"), self.settings)
-
-    def starts(self, count: int) -> list[datetime]:
-        """The youngest closed buckets, oldest first."""
-        width = self.grain.width
-        last = width.floor(NOW)
-        return [last - (count - n) * width.delta for n in range(count)]
-
-    def bucket(self, start: datetime, rows: list[Wire]) -> Bucket:
-        return start, start + self.grain.width.delta, rows
-
-    def window(self, count: int) -> Window:
-        return Window(self.starts(count)[0], self.grain.width.floor(NOW))
-
-
-class Script:
-    """A provider that gives its answers in turn, through httpx, and keeps what it was asked."""
-
-    def __init__(self, *answers: Any) -> None:
-        self.answers = list(answers)
-        self.requests: list[httpx.Request] = []
-        self._client = HttpClient(transport=httpx.MockTransport(self._answer))
-
-    def _answer(self, request: httpx.Request) -> httpx.Response:
-        self.requests.append(request)
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        if callable(answer):
-            answer = answer(request)
-        if isinstance(answer, httpx.Response):
-            return answer
-        content = answer if isinstance(answer, bytes) else json.dumps(answer, default=str).encode()
-        return httpx.Response(200, content=content, headers={"content-type": "application/json"})
-
-    async def get(self, path, params=(), headers=None):
-        return await self._client.get("https://provider.test", path, params, headers)
-
-    def query(self, n: int) -> list[tuple[str, str]]:
-        return list(self.requests[n].url.params.multi_items())
-
+from daemon.testing.poller_cases import NOW, Bucket, Case, Script, Wire
 
 # ── OpenAI ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -287,5 +193,14 @@ OURS = (
     _anthropic("cost", ANALYTICS),
 )
 
-_named = os.environ.get("TALLYD_TEST_POLLER_CASES")
-CASES: tuple[Case, ...] = import_module(_named).CASES if _named else OURS
+__all__ = [
+    "ANALYTICS",
+    "ANTHROPIC",
+    "NOW",
+    "OPENAI",
+    "OURS",
+    "Script",
+    "anthropic_error",
+    "openai_page",
+    "reports_page",
+]

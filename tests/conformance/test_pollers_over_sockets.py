@@ -24,7 +24,9 @@ from daemon.domain.record import Totals, totals_of
 from daemon.domain.window import Width, Window, parse_rfc3339, rfc3339
 from daemon.http_client import HttpClient, HttpSettings
 from daemon.pollers.anthropic import AnthropicPoller
+from daemon.pollers.litellm import LiteLLMPoller
 from daemon.pollers.openai import OpenAIPoller
+from daemon.pollers.openrouter import OpenRouterPoller
 from daemon.records.normalize import merge
 from daemon.simulator.server import Simulator, serve
 from daemon.simulator.world import Clock, World
@@ -32,10 +34,32 @@ from daemon.simulator.world import Clock, World
 pytestmark = pytest.mark.anyio
 
 NOW = datetime(2026, 11, 22, 10, 20, tzinfo=UTC)
-KEYS = {"openai": "sk-admin-conformance", "anthropic": "sk-ant-admin01-conformance"}
-POLLERS = {"openai": OpenAIPoller(now=lambda: NOW), "anthropic": AnthropicPoller(now=lambda: NOW)}
-SOURCES = [(provider, source, {}) for provider, poller in POLLERS.items() for source in poller.sources]
-ANALYTICS = [("anthropic", source, {"api": "analytics"}) for source in POLLERS["anthropic"].sources]
+KEYS = {
+    "openai": "sk-admin-conformance",
+    "anthropic": "sk-ant-admin01-conformance",
+    "openrouter": "sk-or-v1-conformance",
+    "litellm": "sk-conformance",
+}
+BASES = {"openai": "/v1", "anthropic": "", "openrouter": "/api/v1", "litellm": "/litellm"}
+POLLERS = {
+    "openai": OpenAIPoller(now=lambda: NOW),
+    "anthropic": AnthropicPoller(now=lambda: NOW),
+    "openrouter": OpenRouterPoller(now=lambda: NOW),
+    "litellm": LiteLLMPoller(now=lambda: NOW),
+}
+SOURCES = [
+    (provider, name, {})
+    for provider, poller in POLLERS.items()
+    for name, spec in poller.sources.items()
+    if spec.is_report
+]
+ANALYTICS = [("anthropic", source, {"api": "analytics"}) for source in ("messages", "cost")]
+MAIN = [
+    ("openai", "completions", {}),
+    ("anthropic", "messages", {}),
+    ("openrouter", "activity", {}),
+    ("litellm", "logs", {}),
+]
 
 
 @dataclass
@@ -54,8 +78,7 @@ class Bench:
         return answer.json()
 
     def target(self, provider: str, settings) -> Target:
-        base_url = self.url + ("/v1" if provider == "openai" else "")
-        return Target(provider, base_url, Secret(KEYS[provider]), settings)
+        return Target(provider, self.url + BASES[provider], Secret(KEYS[provider]), settings)
 
     def caller(self, provider: str):
         return Caller(self.client, self.target(provider, {}).base_url)
@@ -78,7 +101,7 @@ class Bench:
         params += [("since", rfc3339(window.start)), ("until", rfc3339(window.end))]
         params += [("group_by", name) for name in group_by] or [("group_by", "")]
         rows = (await self.control("GET", "truth", params=params))["sources"][source]
-        return {
+        told = {
             (parse_rfc3339(row["bucket_start"]), tuple(sorted(row["dims"].items()))): (
                 row["input_tokens"],
                 row["cache_read_tokens"],
@@ -91,6 +114,7 @@ class Bench:
             )
             for row in rows
         }
+        return {key: numbers for key, numbers in told.items() if any(numbers)}
 
 
 @dataclass
@@ -108,11 +132,11 @@ def span(width: Width) -> Window:
 
 
 def held(snapshot):
-    return {
+    """Rows by bucket and dimensions. A row of zeros says nothing, whether it is there or not."""
+    rows = {
         (bucket.start, tuple(pair for pair in row.dims if pair[0] != "currency")): (
             row.input_tokens,
-            row.cache_read_tokens,
-            row.cache_write_tokens,
+            *_cached(snapshot, row),
             row.output_tokens,
             row.requests,
             row.amount,
@@ -121,6 +145,15 @@ def held(snapshot):
         for bucket in snapshot.buckets
         for row in merge(bucket.rows)
     }
+    return {key: numbers for key, numbers in rows.items() if any(numbers)}
+
+
+def _cached(snapshot, row):
+    """LiteLLM does not speak of a cache that was not used, where truth says 0."""
+    counts = (row.cache_read_tokens, row.cache_write_tokens)
+    if "team_id" in snapshot.grain.group_by:
+        return tuple(count or 0 for count in counts)
+    return counts
 
 
 @asynccontextmanager
@@ -193,18 +226,109 @@ SHAPES = [
 ]
 
 
+GRANULAR = [
+    ("openai", "completions"),
+    ("openai", "costs"),
+    ("anthropic", "messages"),
+    ("anthropic", "cost"),
+    ("openrouter", "activity"),
+    ("openrouter", "costs"),
+    ("litellm", "logs"),
+    ("litellm", "activity"),
+]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("provider", "source"),
-    [("openai", "completions"), ("openai", "costs"), ("anthropic", "messages"), ("anthropic", "cost")],
-)
+@pytest.mark.parametrize(("provider", "source"), GRANULAR)
 async def test_truth_survives_what_providers_do(bench, provider, source, shape):
+    if (provider, shape["action"]) == ("openrouter", "attribute"):
+        pytest.skip("OpenRouter names every endpoint: there is nothing to attribute")
     asked = {"provider": provider, "key": KEYS[provider], **shape}
+    if shape["action"] == "attribute":
+        asked |= {"dim": "team_id"} if provider == "litellm" else {}
     async with httpx.AsyncClient(base_url=bench.url, trust_env=False) as http:
         answer = await http.post("/_sim/scenario", json=asked)
     assert answer.status_code == 200, answer.text
     snapshot = await bench.fetch(provider, source, {})
     assert held(snapshot) == await bench.truth(provider, source, snapshot.grain.group_by, snapshot.window)
+
+
+async def test_workspaces_of_openrouter_split_its_rows(bench):
+    settings = {"group_by": {"activity": ["model_permaslug", "workspace_id"], "costs": ["workspace_id"]}}
+    for source in ("activity", "costs"):
+        snapshot = await bench.fetch("openrouter", source, settings)
+        truth = await bench.truth("openrouter", source, snapshot.grain.group_by, snapshot.window)
+        assert held(snapshot) == truth
+        assert len({dict(dims)["workspace_id"] for _, dims in truth}) == 2
+
+
+async def test_thirty_completed_days_of_openrouter_are_read_and_no_more():
+    async with listening({"history_days": 40}) as bench:
+        today = Width.DAY.floor(NOW)
+        whole = Window(today - timedelta(days=30), today + timedelta(days=1))
+        snapshot = await bench.fetch("openrouter", "costs", {}, whole)
+        assert snapshot.window.end == today
+        assert len(snapshot.buckets) == 30
+        assert held(snapshot) == await bench.truth("openrouter", "costs", snapshot.grain.group_by, snapshot.window)
+        with pytest.raises(HistoryFloorError):
+            await bench.fetch("openrouter", "costs", {}, Window(whole.start - timedelta(days=1), whole.end))
+
+
+@pytest.mark.parametrize("rows_max", [1000, 100])
+async def test_logs_of_litellm_fill_many_pages_of_either_release(rows_max):
+    async with listening({"requests_per_hour": 120, "page_rows_max": rows_max}) as bench:
+        snapshot = await bench.fetch("litellm", "logs", {})
+        assert held(snapshot) == await bench.truth("litellm", "logs", snapshot.grain.group_by, snapshot.window)
+        assert snapshot.pages == -(-len(list(logged(bench))) // rows_max)
+
+
+async def test_more_logs_than_litellm_counts_are_read_in_slices():
+    async with listening({"requests_per_hour": 600, "history_days": 1}) as bench:
+        snapshot = await bench.fetch("litellm", "logs", {})
+        assert len(list(logged(bench))) > 10_000
+        assert held(snapshot) == await bench.truth("litellm", "logs", snapshot.grain.group_by, snapshot.window)
+
+
+async def test_logs_that_come_while_they_are_read_move_nothing_out():
+    """Oldest first, what is written meanwhile comes last."""
+    growing = {"kind": "grow_between_pages", "provider": "litellm", "requests": 3, "count": 4, "path_contains": "logs"}
+    async with listening({"requests_per_hour": 30, "page_rows_max": 100}) as bench:
+        await bench.control("POST", "faults/next", json=growing)
+        snapshot = await bench.fetch("litellm", "logs", {})
+        assert snapshot.pages > 5
+        assert bench.simulator.faults.served["grow_between_pages"] == 4
+        assert held(snapshot) == await bench.truth("litellm", "logs", snapshot.grain.group_by, snapshot.window)
+
+
+def logged(bench):
+    """The logs of the window that the tests read."""
+    org = bench.simulator.world.orgs["litellm", KEYS["litellm"]]
+    window = span(Width.HOUR)
+    for hour in range(int(window.start.timestamp()), int(window.end.timestamp()), 3600):
+        yield from (event for event in org.events("logs", hour) if event.visible_at <= org.clock.now())
+
+
+@pytest.mark.parametrize("provider", POLLERS)
+async def test_names_are_those_that_the_organisation_gave(bench, provider):
+    """Renamed ones go by the new name; what was deleted is simply gone, where the provider does not list it still."""
+    poller = POLLERS[provider]
+    org = bench.simulator.world.orgs[provider, KEYS[provider]]
+    key, other = org.cast.keys[0], org.cast.keys[1]
+    asked = {"provider": provider, "key": KEYS[provider]}
+    await bench.control("POST", "scenario", json={**asked, "action": "rename", "id": key.id, "value": "billing robot"})
+    await bench.control("POST", "scenario", json={**asked, "action": "delete", "id": other.id})
+    names = {}
+    async for part in poller.collect(bench.target(provider, {}), "names", None, bench.caller(provider)):
+        assert not part.unread
+        names |= {(name.kind, name.id): name.name for name in part.items}
+    keys = {known.id: known.name for known in org.cast.keys} | {key.id: "billing robot"}
+    if provider in ("openai", "openrouter"):
+        del keys[other.id]
+    assert {id_: name for (kind, id_), name in names.items() if kind == "api_key"} == keys
+    places = {id_ for kind, id_ in names if kind in ("project", "workspace", "team")}
+    assert places == set(org.cast.projects[1 if provider == "anthropic" else 0 :])
+    if provider != "openrouter":
+        assert {id_ for kind, id_ in names if kind == "user"} == {known.user for known in org.cast.keys}
 
 
 async def test_report_beyond_the_row_cap_is_read_in_smaller_pages():
@@ -246,9 +370,13 @@ FAULTS = {
 
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize(
-    ("provider", "source", "settings"), [SOURCES[0], *ANALYTICS[:1], SOURCES[-2], SOURCES[-1]], ids=str
+    ("provider", "source", "settings"),
+    [*MAIN[:2], *ANALYTICS[:1], ("anthropic", "cost", {}), *MAIN[2:], ("litellm", "activity", {})],
+    ids=str,
 )
 async def test_broken_answer_is_an_error_that_says_what_to_do(bench, provider, source, settings, kind):
+    if kind in ("has_more_without_cursor", "repeat_cursor") and provider in ("openrouter", "litellm"):
+        pytest.skip("no cursors there")
     await bench.control("POST", "faults/next", json={"kind": kind, "count": 50, "retry_after_s": 3})
     with pytest.raises(FAULTS[kind]) as caught:
         await bench.fetch(provider, source, settings)
@@ -277,7 +405,8 @@ async def test_identify_names_the_organisation(bench):
     for provider, poller in POLLERS.items():
         identity = await poller.identify(bench.target(provider, {}), bench.caller(provider))
         truth = await bench.control("GET", "truth", params={"provider": provider, "key": KEYS[provider]})
-        assert identity.org_id == truth["org_id"]
+        # A proxy has no id: it is known by its address.
+        assert identity.org_id == (bench.url + BASES[provider] if provider == "litellm" else truth["org_id"])
 
 
 @pytest.mark.parametrize(("provider", "source", "settings"), [SOURCES[0], ("anthropic", "messages", {})], ids=str)

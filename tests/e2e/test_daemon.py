@@ -26,7 +26,7 @@ EACH_TICK = ("completions",)
 """What OpenAI's other reports hold is asked for when the costs, which are read once an hour, have moved."""
 SUMMARY = {
     "connections", "unchanged", "stored", "restated", "retried", "dead", "requests", "requests_saved", "rows",
-    "duration_s",
+    "items", "duration_s",
 }  # fmt: skip
 
 

@@ -30,6 +30,8 @@ from tests.web_kit import (
     NEXT,
     ORCHESTRATE,
     PUBLIC_URL,
+    QUOTA,
+    QUOTA_ALIAS,
     ROUTES,
     WORKER,
     Web,
@@ -596,3 +598,92 @@ async def test_the_request_id_is_the_messages_and_comes_back(web: Web, log: Stri
     assert (line["request_id"], line["route"], line["created"]) == ("msg_7", ORCHESTRATE, True)
     hostile = await web.deliver(ORCHESTRATE, headers={"upstash-message-id": "x" * 300})
     assert hostile.headers["x-request-id"] != "x" * 300
+
+
+# ── Quotas ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def add_quota_sources(db: Database, count: int, *, tenant: str = "acme", state: str = "active") -> list[int]:
+    await db.execute("insert into tenant (name) values ($1) on conflict do nothing", tenant)
+    rows = await db.fetch(
+        """insert into connection (tenant_id, name, provider, base_url, credential, credential_key_id,
+             credential_print, since, state)
+           select t.id, $3 || n, 'redis_quota', 'redis://x.test', '', '', '', now(), $3
+           from tenant t, generate_series(1, $1::int) n where t.name = $2 returning id""",
+        count,
+        tenant,
+        state,
+    )
+    return sorted(row["id"] for row in rows)
+
+
+async def polled(db: Database) -> list[list[int]]:
+    """The connections of each poll that waits, batch by batch."""
+    rows = await db.fetch("select body from job j join ready r using (id) order by id")
+    bodies = [json.loads(row["body"]) for row in rows]
+    assert all(body["mode"] == "poll" for body in bodies)
+    return [body["connections"] for body in bodies]
+
+
+@pytest.mark.parametrize("route", [QUOTA, QUOTA_ALIAS])
+@pytest.mark.parametrize("body", [b"", b"{}"])
+async def test_quota_sync_enqueues_every_source_that_is_synced(web: Web, route: str, body: bytes) -> None:
+    ids = await add_quota_sources(web.db, 12)
+    await add_quota_sources(web.db, 1, state="paused")
+    await add_quota_sources(web.db, 1, state="archived")
+    await add_connections_beside(web.db)
+    answer = await web.deliver(route, body)
+    assert (answer.status_code, answer.json()) == (200, {"created": True, "connections": 12, "batches": 2})
+    assert await polled(web.db) == [ids[:10], ids[10:]]
+
+
+async def add_connections_beside(db: Database) -> None:
+    await db.execute(
+        """insert into connection (tenant_id, name, provider, base_url, credential, credential_key_id,
+             credential_print, since) select id, 'openai', 'openai', 'https://x.test', '', '', '', now() from tenant"""
+    )
+
+
+async def test_quota_sync_of_one_tenant_and_of_one_source(web: Web) -> None:
+    ids = await add_quota_sources(web.db, 2)
+    await add_quota_sources(web.db, 2, tenant="other")
+    assert (await web.deliver(QUOTA, {"tenant": "acme"}, message="a")).json()["connections"] == 2
+    assert (await web.deliver(QUOTA, {"tenant": "acme", "name": "active2"}, message="b")).json()["connections"] == 1
+    assert await polled(web.db) == [ids, ids[1:]]
+
+
+async def test_the_same_message_three_times_at_once_syncs_once(web: Web) -> None:
+    await add_quota_sources(web.db, 3)
+    answers = await at_once(3, lambda: web.deliver(QUOTA))
+    assert sorted(answer.json()["created"] for answer in answers) == [False, False, True]
+    assert len(await polled(web.db)) == 1
+
+
+async def test_a_sync_that_waits_is_enough_for_those_who_ask_meanwhile(web: Web) -> None:
+    """While no worker runs, or all of them are behind, a cron of every minute leaves one poll and not a thousand."""
+    ids = await add_quota_sources(web.db, 3)
+    for message in "abc":
+        answer = await web.deliver(QUOTA, message=message)
+        assert answer.json() == {"created": True, "connections": 3, "batches": 1}
+    assert await polled(web.db) == [ids]
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"tenant": "nobody"}, "tenant"),
+        ({"tenant": "acme", "name": "nothing"}, "name"),
+        ({"name": "active1"}, "tenant"),
+        ({"colour": "red"}, "colour"),
+        ({"tenant": 7}, "tenant"),
+        (b"[]", "body"),
+        (b"{", "body"),
+    ],
+)
+async def test_a_sync_of_nothing_that_exists_is_refused_for_good(web: Web, body: object, named: str) -> None:
+    await add_quota_sources(web.db, 1)
+    answer = await web.deliver(QUOTA, body)
+    assert answer.status_code == 400
+    assert named in answer.json()["error"]
+    assert answer.headers["upstash-nonretryable-error"] == "true"
+    assert await polled(web.db) == []

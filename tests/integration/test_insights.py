@@ -160,7 +160,7 @@ async def test_spend_splits_by_basis_and_leaves_unpriced_out(insights: Insights)
         ("0.13", "USD", "local"),
         ("0.13", "USD", "provider"),
     ]
-    assert await insights.unpriced(since=None, until=None) == [("gpt-9", 1)]
+    assert await insights.unpriced(EVERYTHING) == [("gpt-9", 1)]
 
 
 async def test_bounds_are_half_open(insights: Insights) -> None:

@@ -233,6 +233,21 @@ async def test_only_active_and_due_connections_are_taken(db: Database) -> None:
 
 
 @anyio_mark
+async def test_an_interval_that_is_none_keeps_nobody_from_being_polled(db: Database) -> None:
+    """A poller of somebody else's may store what it likes under that name."""
+    given = ("0.5", "3600.0", "1e30", "-5", '"soon"')
+    await add_connections(db, len(given))
+    await db.execute(
+        """update connection c set settings = jsonb_build_object('every_s', g.value::jsonb)
+           from (select row_number() over (order by id) as n, id from connection) i
+           join unnest($1::text[]) with ordinality as g(value, n) using (n) where c.id = i.id""",
+        list(given),
+    )
+    made = await make(db)
+    assert (made.created, made.connections) == (True, len(given))
+
+
+@anyio_mark
 async def test_a_downtime_of_a_day_makes_one_tick(db: Database) -> None:
     await add_connections(db, 12)
     await current_slot(db)

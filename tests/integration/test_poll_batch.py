@@ -88,7 +88,7 @@ async def test_a_sealed_key_opens_for_its_own_connection_alone(books: Books) -> 
            from connection"""
     )
     summary = await books.tick()
-    assert (summary.connections, summary.dead) == (2, 12)
+    assert (summary.connections, summary.dead) == (2, 13)
     assert await books.db.fetchval("select state from connection where name = 'thief'") == "parked"
     await books.assert_equal()
 

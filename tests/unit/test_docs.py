@@ -15,7 +15,7 @@ from daemon.domain import errors
 from daemon.queue.qstash import CALLBACK_PATH, FAILURE_PATH, WORKER_PATH
 from daemon.simulator.faults import KINDS
 from daemon.telemetry.metrics import REGISTRY
-from daemon.triggers.qstash import ORCHESTRATE_PATH
+from daemon.triggers.qstash import ORCHESTRATE_PATH, QUOTA_PATH, QUOTA_PATH_ALIAS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -198,9 +198,10 @@ def test_metrics_and_their_labels_are_in_the_reference_and_no_others() -> None:
 
 
 def test_routes_are_in_the_reference_and_no_others() -> None:
-    paths = {ORCHESTRATE_PATH, WORKER_PATH, CALLBACK_PATH, FAILURE_PATH, "/healthz", "/readyz", "/metrics"}
+    signed = {ORCHESTRATE_PATH, WORKER_PATH, CALLBACK_PATH, FAILURE_PATH, QUOTA_PATH, QUOTA_PATH_ALIAS}
+    paths = signed | {"/healthz", "/readyz", "/metrics"}
     text = page("reference/http.md")
-    assert set(re.findall(r"^\| `(?:GET )?(/[\w/]+)`", text, re.MULTILINE)) == paths
+    assert set(re.findall(r"^\| `(?:GET )?(/[\w/-]+)`", text, re.MULTILINE)) == paths
 
 
 def test_every_table_is_in_the_reference() -> None:

@@ -250,3 +250,30 @@ def test_unreadable_ca_bundle_is_a_config_error(tmp_path):
     for path in (broken, tmp_path / "missing.pem"):
         with pytest.raises(ConfigError, match="CA bundle"):
             ssl_context(HttpSettings(ca_bundle=str(path)))
+
+
+async def test_post_sends_the_body_as_it_is():
+    asked = []
+
+    def answer(request):
+        asked.append(request)
+        return httpx.Response(200, json={})
+
+    async with HttpClient(transport=httpx.MockTransport(answer)) as http:
+        await http.post(BASE, "/query", b'{"a": 1}', {"content-type": "application/json"})
+    (request,) = asked
+    assert (request.method, str(request.url), request.content) == ("POST", f"{BASE}/query", b'{"a": 1}')
+    assert request.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("kind", ["ThrottlingException", "com.amazonaws.ce#LimitExceededException"])
+def test_what_aws_calls_throttled_is_a_rate_limit(kind):
+    body = json.dumps({"__type": kind, "message": "Rate exceeded"}).encode()
+    assert isinstance(error_for(400, {}, body), RateLimitedError)
+
+
+def test_another_400_of_aws_is_a_bad_request():
+    body = json.dumps({"__type": "ValidationException", "message": "no"}).encode()
+    error = error_for(400, {}, body)
+    assert isinstance(error, BadRequestError)
+    assert error.code == "ValidationException"

@@ -18,6 +18,12 @@ select (select count(*) from ready) as available,
 -- name: figures_connections
 select state, count(*) as n from connection group by 1
 
+-- name: figures_drift
+select t.name || '/' || c.name as quota, d.drift::float8 as drift
+from quota_drift d join stream s on s.id = d.stream_id join connection c on c.id = s.connection_id
+join tenant t on t.id = c.tenant_id
+where c.state in ('active', 'parked') order by 1
+
 -- name: figures_tick
 select extract(epoch from slot_at)::float8 as slot, batches,
   (select count(*) from batch_summary b where b.slot_at = t.slot_at and b.kind = 'poll') as done,
@@ -38,7 +44,8 @@ left join lateral (
 where c.state = 'active' group by 1, 2
 
 -- name: figures_spend
--- Since the start of the month and of the day (UTC). What is older than the reach of its source's ladder is settled.
+-- Since the start of the month and of the day (UTC). What is older than the reach of its source's ladder is settled. $6
+-- to $11 are the shadows: what another connection tells too.
 select c.provider, case when $1 then t.name end as tenant, r.currency, r.basis, p.period,
   case when r.bucket_start < now() - x.reach then 'settled' else 'provisional' end as state,
   sum(r.amount)::float8 as amount
@@ -50,6 +57,11 @@ join (values ('month', date_trunc('month', now(), 'UTC')), ('day', date_trunc('d
   on r.bucket_start >= p.since
 where r.bucket_start >= date_trunc('month', now(), 'UTC') and not r.is_tombstone and r.amount is not null
   and r.basis = case when x.is_cost then 'provider' else 'local' end
+  and not exists (
+    select from unnest($6::bigint[], $7::timestamptz[], $8::timestamptz[], $9::bigint[], $10::text[], $11::text[])
+      as o(stream_id, start_at, end_at, by_id, dimension, vendor)
+    where o.stream_id = r.stream_id and r.bucket_start >= o.start_at and r.bucket_start < o.end_at
+      and (o.vendor is null or r.dims ->> o.dimension = o.vendor))
 group by 1, 2, 3, 4, 5, 6
 
 -- name: figures_tokens
@@ -62,4 +74,9 @@ join unnest($2::text[], $3::text[]) as x(provider, source) on x.provider = c.pro
 join (values ('month', date_trunc('month', now(), 'UTC')), ('day', date_trunc('day', now(), 'UTC'))) as p(period, since)
   on r.bucket_start >= p.since
 where r.bucket_start >= date_trunc('month', now(), 'UTC') and not r.is_tombstone
+  and not exists (
+    select from unnest($4::bigint[], $5::timestamptz[], $6::timestamptz[], $7::bigint[], $8::text[], $9::text[])
+      as o(stream_id, start_at, end_at, by_id, dimension, vendor)
+    where o.stream_id = r.stream_id and r.bucket_start >= o.start_at and r.bucket_start < o.end_at
+      and (o.vendor is null or r.dims ->> o.dimension = o.vendor))
 group by 1, 2, 3

@@ -11,10 +11,16 @@ where a.datname = current_database() and a.pid <> pg_backend_pid() and a.backend
   and (a.backend_xid is not null or a.xact_start > clock_timestamp() - interval '1 minute')
 
 -- name: insights_unpriced
+-- $3 to $8 are the shadows: what another connection tells too is in no sum, priced or not.
 select coalesce(r.dims ->> 'model', r.detail ->> 'model') as model, count(*) as rows
 from usage_row r
 where r.rate_version = 'unpriced' and not r.is_tombstone
   and ($1::timestamptz is null or r.bucket_start >= $1) and ($2::timestamptz is null or r.bucket_start < $2)
+  and not exists (
+    select from unnest($3::bigint[], $4::timestamptz[], $5::timestamptz[], $6::bigint[], $7::text[], $8::text[])
+      as o(stream_id, start_at, end_at, by_id, dimension, vendor)
+    where o.stream_id = r.stream_id and r.bucket_start >= o.start_at and r.bucket_start < o.end_at
+      and (o.vendor is null or r.dims ->> o.dimension = o.vendor))
 group by 1 order by 2 desc
 
 -- name: insights_gaps
@@ -157,7 +163,9 @@ limit 20
 -- A copy of the database can lose a sequence; then every answer would look old and be refused.
 select s.issued, m.newest
 from (select case when is_called then last_value else last_value - 1 end as issued from poll_seq) s
-cross join (select greatest((select max(last_seq) from stream), (select max(last_seq) from bucket)) as newest) m
+cross join (select greatest(
+  (select max(last_seq) from stream), (select max(last_seq) from bucket), (select max(read_seq) from resource_fence)
+) as newest) m
 where m.newest > s.issued
 
 -- name: law_ids

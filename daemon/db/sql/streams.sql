@@ -49,7 +49,8 @@ where newest > coalesce(pg_sequence_last_value(name::regclass), 0) order by name
 -- Every sequence that is behind what its numbers were used for. Jobs leave their table when they are done, so the logs
 -- tell how far they got.
 with m(name, newest) as (values
-  ('poll_seq', greatest((select max(last_seq) from stream), (select max(last_seq) from bucket))),
+  ('poll_seq', greatest(
+    (select max(last_seq) from stream), (select max(last_seq) from bucket), (select max(read_seq) from resource_fence))),
   ('tenant_id_seq', (select max(id) from tenant)),
   ('connection_id_seq', (select max(id) from connection)),
   ('stream_id_seq', (select max(id) from stream)),
@@ -90,3 +91,7 @@ on conflict (host, org) do update set until = greatest(pause.until, excluded.unt
 
 -- name: prune_pauses
 delete from pause where until < now() - interval '1 hour'
+
+-- name: settings_of_streams
+select c.tenant_id, c.id, c.settings from stream s join connection c on c.id = s.connection_id
+where s.id = any($1::bigint[]) order by c.id

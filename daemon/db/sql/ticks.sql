@@ -10,8 +10,10 @@ insert into delivery (message_id, slot_at) values ($1, $2) on conflict do nothin
 select slot_at from delivery where message_id = $1
 
 -- name: due_connections
+-- A number that is none of seconds is whoever's settings it is in: it must not keep all the others from being polled.
 select id, changed_at,
-  case when jsonb_typeof(settings -> 'every_s') = 'number' then (settings ->> 'every_s')::int end as every_s
+  case when jsonb_typeof(settings -> 'every_s') = 'number'
+       then greatest(0, least((settings ->> 'every_s')::numeric, 31536000))::int end as every_s
 from connection
 where state = 'active' and open_job is null and next_due_at < $1
 order by next_due_at, id for update skip locked
@@ -108,7 +110,8 @@ select count(*) as batches, coalesce(sum(connections), 0)::int as connections, c
   coalesce(sum(stored), 0)::int as stored, coalesce(sum(restated), 0)::int as restated,
   coalesce(sum(retried), 0)::int as retried, coalesce(sum(dead), 0)::int as dead,
   coalesce(sum(requests), 0)::int as requests, coalesce(sum(requests_saved), 0)::int as requests_saved,
-  coalesce(sum(rows), 0)::int as rows, coalesce(max(duration_s), 0) as duration_s
+  coalesce(sum(rows), 0)::int as rows, coalesce(max(duration_s), 0) as duration_s,
+  coalesce(sum(items), 0)::int as items
 from batch_summary where job_id = any($1::bigint[])
 
 -- name: jobs_of_tick

@@ -22,12 +22,19 @@ def test_our_own_pollers_are_found():
     pollers = registry.load_pollers()
     assert {"anthropic", "openai"} <= set(pollers)
     assert not {"anthropic", "openai"} & set(pollers.problems)
-    assert registry.get("openai") is pollers["openai"]
+    assert pollers.named("openai") is pollers["openai"]
+
+
+def test_each_poller_is_set_up_once_when_it_is_first_looked_at():
+    made = []
+    pollers = Pollers({"openai": [OPENAI], "broken": [point("broken", "json:loads")]}, made.append)
+    assert made == []
+    assert [pollers["openai"], *pollers.values()] == made * 2
 
 
 def test_unknown_provider_is_named_with_the_known_ones():
-    with pytest.raises(UsageError, match=r"'gemini'.*anthropic, openai"):
-        registry.get("gemini")
+    with pytest.raises(UsageError, match=r"'gemini'.*anthropic, .*litellm, .*openai, .*openrouter"):
+        registry.load_pollers().named("gemini")
 
 
 @pytest.mark.parametrize("value", ["no_such_module_x:Poller", "daemon.pollers.openai:Nothing", "json:loads"])

@@ -6,7 +6,7 @@ from time import monotonic
 import pytest
 
 from daemon.domain.connection import Secret, Target
-from daemon.domain.errors import DaemonError, ForbiddenError, RateLimitedError, UpstreamUnavailableError
+from daemon.domain.errors import DaemonError, ForbiddenError, RateLimitedError, TransientError, UpstreamUnavailableError
 from daemon.domain.ports import Answer
 from daemon.worker.caller import CountingCaller, RetrySettings
 from daemon.worker.governor import Governor, GovernorSettings
@@ -22,6 +22,7 @@ class Script:
 
     def __init__(self, *replies: Answer | DaemonError) -> None:
         self._replies = list(replies)
+        self.posted: list[tuple[str, str, bytes]] = []
 
     async def get(
         self,
@@ -34,6 +35,10 @@ class Script:
         if isinstance(reply, DaemonError):
             raise reply
         return reply
+
+    async def post(self, base_url: str, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
+        self.posted.append((base_url, path, body))
+        return await self.get(base_url, path)
 
 
 def caller(*replies: Answer | DaemonError) -> CountingCaller:
@@ -76,3 +81,37 @@ async def test_refusal_is_never_tried_again() -> None:
     with pytest.raises(ForbiddenError):
         await asked.get("/x")
     assert (asked.requests, asked.answers) == (1, 0)
+
+
+async def test_a_question_in_a_body_is_tried_again_and_counted_too() -> None:
+    asked = caller(away(1), ANSWER)
+    assert await asked.post("/query", b"{}") is ANSWER
+    assert (asked.requests, asked.answers) == (2, 1)
+    assert asked._http.posted == [("https://x.test/v1", "/query", b"{}")] * 2
+
+
+async def test_another_host_of_the_provider_has_limits_of_its_own() -> None:
+    """A token service that is down must not stop the reports, nor the other way round."""
+    governor = Governor(GovernorSettings(breaker_failures=1), monotonic)
+    script = Script(away(1), ANSWER)
+    once = RetrySettings(tries=1, budget_s=5)
+    asked = CountingCaller(script, governor, Target("azure", "https://x.test", Secret("k")), "org-1", once)
+    with pytest.raises(UpstreamUnavailableError):
+        await asked.post("/token", b"a=b", base_url="https://login.test")
+    with pytest.raises(TransientError, match=r"login\.test is paused"):
+        await asked.post("/token", b"a=b", base_url="https://login.test")
+    assert await asked.get("/report") is ANSWER
+    assert script.posted == [("https://login.test", "/token", b"a=b")]
+
+
+async def test_what_is_no_http_request_is_limited_tried_and_counted_like_one() -> None:
+    asked, replies = caller(), [away(1), "an answer"]
+
+    async def send() -> str:
+        reply = replies.pop(0)
+        if isinstance(reply, DaemonError):
+            raise reply
+        return str(reply)
+
+    assert await asked.run(send) == "an answer"
+    assert (asked.requests, asked.answers) == (2, 1)

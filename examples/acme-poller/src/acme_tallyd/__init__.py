@@ -1,0 +1,1 @@
+"""Acme AI's poller for tallyd."""
