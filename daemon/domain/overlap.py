@@ -87,7 +87,9 @@ def shadows(views: Sequence[View], gateways: Iterable[Gateway], *, across: bool)
     for shadow in doubles:
         by_stream[shadow.stream_id].append(shadow)
     passed_on = (
-        part for shadow in _passed_on(views, gateways, across=across) for part in _without(shadow, by_stream.get(shadow.stream_id, ()))
+        part
+        for shadow in _passed_on(views, gateways, across=across)
+        for part in _without(shadow, by_stream.get(shadow.stream_id, ()))
     )
     return [*doubles, *passed_on]
 

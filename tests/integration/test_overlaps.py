@@ -321,8 +321,13 @@ async def test_what_was_read_before_the_start_counts_once_too(books: Ledgers, db
     assert await db.fetchval("select min(covered_from) from stream") == T0, "the gateway's"
     # Hours 0 and 1 are the vendor's word; 2 to 7 nobody has read there; of 8 it says that there was nothing.
     assert await books.spend("provider") == {("openai",): "3", ("litellm",): "3"}
-    assert await books.left_out("provider") == [("acme/litellm", "acme/first", "2", 4), ("acme/second", "acme/first", "3", 3)]
-    assert await books.spend("provider", as_of=await db.now()) == {("openai",): "3"}, "then by the oldest and the newest"
+    assert await books.left_out("provider") == [
+        ("acme/litellm", "acme/first", "2", 4),
+        ("acme/second", "acme/first", "3", 3),
+    ]
+    assert await books.spend("provider", as_of=await db.now()) == {("openai",): "3"}, (
+        "then by the oldest and the newest"
+    )
 
 
 async def test_what_is_read_before_any_turn_has_ended_counts_once(books: Ledgers, db: Database) -> None:
