@@ -33,7 +33,6 @@ log = structlog.get_logger()
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 IDLE_LADDER = ((7 * DAY, 6 * HOUR), (DAY, HOUR), (HOUR, timedelta(minutes=15)))
 """(unchanged for at least, poll this often), slowest first; below the last rung each tick polls."""
-SYNC_BATCH = 10
 SYNC_TIMEOUT_S = 900.0
 """A collection may be a million items long."""
 
@@ -205,7 +204,8 @@ async def sync(
     connections: Callable[[Session], Awaitable[Sequence[ConnectionId]]],
     occasion: Occasion,
 ) -> Sync:
-    """Enqueue a poll of connections out of turn, once for each message that asks for it. One that waits is enough.
+    """Enqueue a poll of each connection out of turn, once for each message that asks for it. One that waits is enough, and
+    waits until nobody else is reading the same.
 
     Args:
         connections: finds them, in the transaction that enqueues their batches.
@@ -220,17 +220,17 @@ async def sync(
         jobs = [
             NewJob(
                 POLL,
-                PollOrder([*ids[at : at + SYNC_BATCH]], mode=Mode.POLL, request_id=occasion.request_id).encode(),
-                dedup_id=f"sync {' '.join(map(str, ids[at : at + SYNC_BATCH]))}",
+                PollOrder([id_], mode=Mode.POLL, in_turn=True, request_id=occasion.request_id).encode(),
+                dedup_id=f"sync {id_}",
                 dedup_window=DAY,
                 only_unclaimed=True,
                 max_attempts=POLL_ATTEMPTS_MAX,
                 timeout_s=SYNC_TIMEOUT_S,
             )
-            for at in range(0, len(ids), SYNC_BATCH)
+            for id_ in ids
         ]
-        await queue.enqueue(jobs, tx)
-    return Sync(created=True, connections=len(ids), batches=len(jobs))
+        batches = set(await queue.enqueue(jobs, tx))
+    return Sync(created=True, connections=len(ids), batches=len(batches))
 
 
 async def _its_slot(db: Database, tick_s: int, early_s: float, now: datetime) -> datetime:

@@ -63,6 +63,9 @@ def add(
 ) -> None:
     """Add a source of quota counters; it is synced hourly from the next tick on."""
     settings: dict[str, Any] = parse_settings("--setting", setting) if setting else {}
+    for name_, option in (("pattern", "--pattern"), ("every_s", "--every")):
+        if name_ in settings:
+            raise UsageError("--setting", f"{name_} has an option of its own", f"pass {option}")
     settings |= {"pattern": pattern, "every_s": every}
     given: Secret | None = None
     if credential_env is not None or credential_file is not None or credential_stdin:

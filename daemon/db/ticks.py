@@ -15,6 +15,7 @@ _TAKE_DELIVERY = query("take_delivery")
 _DELIVERY_SLOT = query("delivery_slot")
 _JUDGE = query("judge_ticks")
 _DUE = query("due_connections")
+_TAKE_TURN = query("take_turn")
 _ADVANCE = query("advance_connections")
 _HAND_OVER = query("hand_over_connections")
 _FINISH = query("finish_tick")
@@ -72,6 +73,11 @@ async def due_connections(tx: Executor, slot_end: datetime) -> list[tuple[Connec
     """
     rows = await tx.fetch(_DUE, slot_end)
     return [(ConnectionId(row["id"]), row["changed_at"], row["every_s"]) for row in rows]
+
+
+async def take_turn(db: Executor, job: JobId, connections: Sequence[ConnectionId]) -> bool:
+    """Give the connections to a job, unless another one has one of them."""
+    return len(await db.fetch(_TAKE_TURN, job, sorted(connections))) == len(connections)
 
 
 async def advance(

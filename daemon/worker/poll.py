@@ -33,7 +33,7 @@ from daemon.domain.errors import (
     SchemaDriftError,
     TransientError,
 )
-from daemon.domain.job import Completed, Discarded, Job, NewJob, Outcome, Retryable, Settlement, Summary
+from daemon.domain.job import Completed, Discarded, Job, NewJob, Outcome, Retryable, Settlement, Snoozed, Summary
 from daemon.domain.ports import Collector, Poller, Report, SourceSpec
 from daemon.domain.record import Grain, GrainId, Totals
 from daemon.domain.window import Window, floor_to
@@ -62,6 +62,8 @@ RETRY_DEDUP = timedelta(days=1)
 EVIDENCE_BYTES_MAX = 1_000
 BUDGET_RATIO = 0.8
 """Of a job's time-out: what is not read by then leaves the batch as `poll_one` jobs."""
+TURN_S = 5.0
+"""How soon a poll that waits for its turn looks again."""
 NOT_FOUND = 404
 INBOX_ITEMS = 32
 
@@ -71,7 +73,8 @@ log = structlog.get_logger()
 class PollOrder(msgspec.Struct, frozen=True, omit_defaults=True):
     """The body of a `poll` or `poll_one` job. A poll_seq never travels in it (law 4).
 
-    `request_id` names the delivery that asked for the tick; `trace` is its W3C traceparent.
+    `request_id` names the delivery that asked for the tick; `trace` is its W3C traceparent. `in_turn`: not while another
+    job polls the connection, since the newer reading of a collection bars the older one.
     """
 
     connections: list[int]
@@ -82,6 +85,7 @@ class PollOrder(msgspec.Struct, frozen=True, omit_defaults=True):
     source: str | None = None
     start: datetime | None = None
     end: datetime | None = None
+    in_turn: bool = False
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
@@ -146,6 +150,8 @@ async def run_poll(job: Job, deps: PollDeps) -> Outcome:
     began = deps.monotonic()
     now = await deps.db.now()
     ids = [ConnectionId(id_) for id_ in order.connections]
+    if order.in_turn and not await ticks.take_turn(deps.db, job.id, ids):
+        return Snoozed(TURN_S, "another job polls it")
     loaded, now = await streams.load(
         deps.db, deps.keyring, ids, lambda c: grains_of(deps.pollers, c), floor_to(now - _held_reach(deps), 3600)
     )

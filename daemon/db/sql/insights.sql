@@ -217,7 +217,9 @@ select name from (values
   ('attempt_' || to_char(date_trunc('week', now() at time zone 'UTC'), 'YYYYMMDD')),
   ('attempt_' || to_char(date_trunc('week', now() at time zone 'UTC') + interval '7 days', 'YYYYMMDD')),
   ('event_' || to_char(date_trunc('week', now() at time zone 'UTC'), 'YYYYMMDD')),
-  ('event_' || to_char(date_trunc('week', now() at time zone 'UTC') + interval '7 days', 'YYYYMMDD'))) as p(name)
+  ('event_' || to_char(date_trunc('week', now() at time zone 'UTC') + interval '7 days', 'YYYYMMDD')),
+  ('quota_change_' || to_char(date_trunc('week', now() at time zone 'UTC'), 'YYYYMMDD')),
+  ('quota_change_' || to_char(date_trunc('week', now() at time zone 'UTC') + interval '7 days', 'YYYYMMDD'))) as p(name)
 where to_regclass(name) is null
 
 -- name: insights_stream_labels

@@ -18,6 +18,14 @@ from connection
 where state = 'active' and open_job is null and next_due_at < $1
 order by next_due_at, id for update skip locked
 
+-- name: take_turn
+with mine as materialized (
+  select id, open_job from connection where id = any($2::bigint[]) order by id for update
+)
+update connection c set open_job = $1 from mine m
+where c.id = m.id and not exists (select from mine where open_job <> $1)
+returning c.id
+
 -- name: advance_connections
 update connection c set next_due_at = g.next_due_at, open_job = g.job
 from unnest($1::bigint[], $2::timestamptz[], $3::bigint[]) as g(id, next_due_at, job) where c.id = g.id
