@@ -7,8 +7,8 @@ an old connection and its successor together make the whole history.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -116,7 +116,7 @@ def _duplicates(views: Sequence[View], *, across: bool) -> Iterator[Shadow]:
         if not view.adds:
             groups[None if across else view.tenant_id, view.provider, view.account, view.source].append(view)
     for group in groups.values():
-        if len(group) > 1:
+        if len(_streams(group)) > 1:
             yield from _twins(group)
 
 
@@ -162,7 +162,7 @@ def _passed_on(views: Sequence[View], gateways: Iterable[Gateway], *, across: bo
                 yield Shadow(view.stream_id, start, end, best.connection_id, "gateway", gateway.dimension, vendor)
 
 
-def _streams(views: Iterable[View]) -> Iterable[View]:
+def _streams(views: Iterable[View]) -> Collection[View]:
     """One view of each stream."""
     return {view.stream_id: view for view in views}.values()
 
@@ -173,8 +173,12 @@ def _swept(
     """The time that any of them covers, cut where the best of those that cover it changes."""
     cuts = sorted({instant for view in views for instant in (view.start, view.end)})
     spans: list[tuple[datetime, datetime, View]] = []
+    waiting = deque(sorted(views, key=lambda view: view.start))
+    covering: list[View] = []
     for start, end in pairwise(cuts):
-        covering = [view for view in views if view.start <= start and end <= view.end]
+        while waiting and waiting[0].start <= start:
+            covering.append(waiting.popleft())
+        covering = [view for view in covering if view.end > start]
         if not covering:
             continue
         best = min(covering, key=rank)
