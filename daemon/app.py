@@ -221,7 +221,12 @@ class ResourceFile:
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What `tallyd resources sync` did. `calls_saved` is against a program that makes every call for every resource."""
+    """What `tallyd resources sync` did.
+
+    Attributes:
+        calls_saved: against a program that makes every call for every resource.
+        left: batches that came to no end: they wait for another try, or are dead letters.
+    """
 
     resources: int
     changed: int
@@ -231,6 +236,7 @@ class SyncReport:
     calls: int
     calls_saved: int
     batches: int
+    left: int
     duration_s: float
 
 
@@ -313,6 +319,7 @@ class App:
             calls=total("calls") + polled.requests,
             calls_saved=max(0, total("calls_saved") - polled.requests),
             batches=total("batches"),
+            left=max(0, total("batches") - total("batches_done")),
             duration_s=round(monotonic() - began, 3),
         )
 

@@ -27,7 +27,7 @@ from daemon.domain.errors import ConfigError
 PREFIX = "TALLYD_"
 TOML_PATHS = (Path("tallyd.toml"), Path("/etc/tallyd/tallyd.toml"))
 NOT_SETTINGS = ("CONFIG",)
-FOREIGN_PREFIXES = ("TEST_", "BENCH_")  # ours too, but of the test suite and the benchmarks
+FOREIGN_PREFIXES = ("TEST_", "BENCH_", "EXIT_")  # ours too: the test suite's, the benchmarks', credentials of exits
 _LIMITS = Limits()
 REGIONS = ("eu_central_1", "us_east_1")
 """QStash's regions, each with a pair of signing keys of its own."""

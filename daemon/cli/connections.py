@@ -52,20 +52,26 @@ def check_kind(poller: Poller, credential: Secret) -> None:
         raise UsageError("credential", str(error)) from error
 
 
-async def prove(a: App, provider: str, base_url: str, credential: Secret, settings: dict[str, Any]) -> Identity:
-    """Ask the provider who the key belongs to; refusals say what to do."""
+async def prove(
+    a: App, provider: str, base_url: str, credential: Secret, settings: dict[str, Any], *, option: str = "--base-url"
+) -> Identity:
+    """Ask the provider who the key belongs to; refusals say what to do.
+
+    Args:
+        option: by which the URL was given.
+    """
     try:
         return await a.identify(provider, base_url, credential, settings)
     except (CredentialError, ForbiddenError) as error:
         raise CredentialError(f"credential: refused by {base_url}: {error}; give a key that may read usage") from error
     except (TransientError, TimeoutError) as error:
-        reason = str(error) or "no answer in time"
+        reason = str(error).rstrip(".") or "no answer in time"
         raise PermanentError(
-            f"--base-url: {base_url} gives no answer: {reason}; correct it, or pass --no-check"
+            f"{option}: {base_url} gives no answer: {reason}; correct it, or pass --no-check"
         ) from error
     except PermanentError as error:
         raise PermanentError(
-            f"--base-url: {base_url} does not answer as {provider} does: {error}; correct it, or pass --no-check"
+            f"{option}: {base_url} does not answer as {provider} does: {error}; correct it, or pass --no-check"
         ) from error
 
 

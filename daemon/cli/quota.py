@@ -13,7 +13,7 @@ from daemon.cli.connections import check_kind, prove
 from daemon.cli.printing import JsonArray, note, print_json, print_table
 from daemon.cli.session import with_app
 from daemon.domain.connection import Secret
-from daemon.domain.errors import UsageError
+from daemon.domain.errors import ForbiddenError, UsageError
 from daemon.domain.job import Summary
 from daemon.domain.redis_url import parse_url, split_url
 
@@ -88,7 +88,7 @@ def add(
         if no_check:
             identity = poller.identity_of(base_url, settings)
         else:
-            identity = await prove(a, PROVIDER, base_url, credential, settings)
+            identity = await prove(a, PROVIDER, base_url, credential, settings, option="--url")
         new = NewConnection(tenant, name, PROVIDER, base_url, credential, None, settings, identity.org_id)
         added = await a.connections.add(new, allow_duplicate=allow_duplicate)
         return {"id": added.id, "tenant": tenant, "name": name, "url": base_url, "settings": settings}
@@ -234,7 +234,10 @@ def drift(
                 array.add(row)
         return
     columns = ("tenant", "user", "period", "counter", "ledger", "drift")
-    print_table(columns, [[row[column] for column in columns] for row in rows], empty="counters and ledger agree")
+    shown = [[row[column] for column in columns] for row in rows[:ROWS]]
+    print_table(columns, shown, empty="counters and ledger agree")
+    if len(rows) > ROWS:
+        note(f"the first {ROWS} of {len(rows)}; --json lists all")
     total = sum((row["drift"] for row in rows if isinstance(row["drift"], Decimal)), Decimal(0))
     note(f"drift in all: {total:f}")
 
@@ -249,7 +252,12 @@ def write_back(
     tenant, name = parse_label("TENANT/NAME", label)
 
     async def work(a: App) -> dict[str, object]:
-        differ, written = await a.quota_write_back(tenant, name, dry_run=dry_run)
+        try:
+            differ, written = await a.quota_write_back(tenant, name, dry_run=dry_run)
+        except ForbiddenError as error:
+            raise ForbiddenError(
+                f"{label}: {error}; grant SET for strings, and EVAL, TYPE, HEXISTS and HSET for hashes"
+            ) from error
         return {"source": label, "differ": differ, "written": written, "dry_run": dry_run}
 
     made = with_app(work)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,13 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from daemon.cli.arguments import Json, credential_from_env, parse_base_url
-from daemon.cli.connections import check_kind, prove
+from daemon.cli.connections import check_kind
 from daemon.cli.printing import note, print_json, print_table
 from daemon.cli.session import set_up_logs, settings, with_app
-from daemon.domain.errors import UsageError
+from daemon.domain.errors import (
+    BadRequestError,
+    CredentialError,
+    ForbiddenError,
+    PermanentError,
+    TransientError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from daemon.app import App, ResourceRun, SyncReport
+    from daemon.pollers._resource_trial import Trial
 
 app = typer.Typer(help="Resources: REST collections, read again where they changed.", no_args_is_help=True)
 
@@ -36,7 +46,7 @@ def check(
     allow_insecure: AllowInsecure = False,
     json: Json = False,
 ) -> None:
-    """Try a declaration on its API, without writing anything; exit 1 if a resource would be read again each time."""
+    """Try a declaration on its API, without writing anything; exit 1 if it reads nothing, or all of it each time."""
     import anyio
 
     from daemon.app import read_resource_file, try_resources
@@ -46,7 +56,8 @@ def check(
     declared = read_resource_file(file)
     url = parse_base_url("base_url", declared.base_url, allow_insecure=allow_insecure or chosen.allow_insecure)
     credential = credential_from_env("--credential-env", credential_env)
-    trial = anyio.run(try_resources, chosen, declared, url, credential, limit)
+    with _refusals(url):
+        trial = anyio.run(try_resources, chosen, declared, url, credential, limit)
     found = asdict(trial) | {"name": declared.name, "base_url": url, "share": trial.share and trial.share._asdict()}
     if json:
         print_json(found)
@@ -64,9 +75,54 @@ def check(
         )
     if trial.refused:
         note(f"{len(trial.refused)} ids cannot be asked for, such as {trial.refused[0]!r}")
-    if unstable := [tried.id for tried in trial.tried if not tried.is_stable]:
-        note(f"the version of {unstable[0]} differs at a second look; it would be read again each time")
+    for doubt in _doubts(declared.settings, trial):
+        note(doubt)
+    if faults := _faults(declared.settings, trial):
+        for fault in faults:
+            note(fault)
         raise typer.Exit(1)
+
+
+def _doubts(settings: Mapping[str, Any], trial: Trial) -> Iterator[str]:
+    """What may be right, and often is a slip of the pen."""
+    listing = settings.get("list") or {}
+    if listing.get("paging") and not trial.has_more:
+        yield f"list.paging: the first page is the last one; right only if there are no more than {trial.page_items}"
+    seen = {name for tried in trial.tried for name in tried.fields}
+    if seen and (absent := [name for name in settings["detail"].get("fields", ()) if name not in seen]):
+        yield f"detail.fields: {', '.join(absent)} stands in none of these"
+
+
+def _faults(settings: Mapping[str, Any], trial: Trial) -> list[str]:
+    """What would read nothing, or everything each time."""
+    faults = []
+    version = (settings.get("list") or {}).get("version")
+    if version is not None and trial.page_items and not trial.versions:
+        faults.append(f"list.version: no item has {version}; each resource would be asked for each time")
+    if trial.tried and all(tried.version is None for tried in trial.tried):
+        faults.append("detail.path: none of these is there, though the list has them; compare it with the API's pages")
+    if unstable := [tried.id for tried in trial.tried if not tried.is_stable]:
+        faults.append(f"the version of {unstable[0]} differs at a second look; it would be read again each time")
+    return faults
+
+
+@contextmanager
+def _refusals(base_url: str) -> Iterator[None]:
+    """The API's refusals, said in the words of the file."""
+    try:
+        yield
+    except (CredentialError, ForbiddenError) as error:
+        raise CredentialError(
+            f"credential: refused by {base_url}: {error}; give one that may read the collection, as [auth] sends it"
+        ) from error
+    except BadRequestError as error:
+        raise PermanentError(
+            f"path: {base_url} has no such call: {error}; compare the paths and params of list, check and detail with the API"
+        ) from error
+    except (TransientError, TimeoutError) as error:
+        raise PermanentError(
+            f"base_url: {base_url} gives no answer: {str(error) or 'none in time'}; correct it, or try again when it does"
+        ) from error
 
 
 @app.command()
@@ -89,7 +145,8 @@ def add(
         own = dict(declared.settings)
         check_kind(a.pollers.named(RESOURCE_PROVIDER), credential)
         if not no_check:
-            await prove(a, RESOURCE_PROVIDER, url, credential, own)
+            with _refusals(url):
+                await a.identify(RESOURCE_PROVIDER, url, credential, own)
         # Two collections of one API have one credential.
         new = NewConnection(tenant, declared.name, RESOURCE_PROVIDER, url, credential, None, own)
         added = await a.connections.add(new, allow_duplicate=True)
@@ -115,6 +172,10 @@ def sync(tenant: Tenant = None, name: Name = None, json: Json = False) -> None:
     else:
         print_table(("figure", "value"), list(report.items()), empty="")
     if report["failed"]:
+        note(f"{report['failed']} failed, and are tried again by `tallyd run`; then see `tallyd dlq list`")
+    if report["left"]:
+        note(f"{report['left']} of {report['batches']} batches came to no end; see `tallyd dlq list`")
+    if report["failed"] or report["left"]:
         raise typer.Exit(1)
 
 

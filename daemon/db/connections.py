@@ -197,8 +197,8 @@ def _plan(news: Iterable[NewConnection], stored: Iterable[_Known], *, allow_dupl
                 _refusal(
                     new,
                     "credential",
-                    f"connection {twin.tenant}/{twin.name}{where} reads the same organisation already, "
-                    "so the same money would be booked twice",
+                    f"connection {twin.tenant}/{twin.name}{where} reads the same already, "
+                    "so that it would be booked twice",
                     "use that one, or pass --allow-duplicate",
                 )
             )

@@ -25,7 +25,9 @@ EXIT_CREDENTIAL = re.compile(r"TALLYD_EXIT_[A-Z0-9_]+")
 
 Dotted = Annotated[str, Meta(pattern=r"^[^.\s]+(\.[^.\s]+)*$", description="a dotted path, such as meta.next")]
 Whole = Annotated[str, Meta(pattern=r"^([^.\s]+(\.[^.\s]+)*)?$", description='a dotted path, or "" for all of it')]
-UrlPath = Annotated[str, Meta(pattern=r"^/[^?#\s]*$", description="a path below base_url, such as /orders")]
+_PATH = r"^(/(?!\.{1,2}(/|$))[^/?#\s]*)+$"
+"""No step of it leads up: a path is below the base URL."""
+UrlPath = Annotated[str, Meta(pattern=_PATH, description="a path below base_url, such as /orders")]
 Word = Annotated[str, Meta(min_length=1, max_length=200, description="the name of a parameter or header")]
 Params = Annotated[
     dict[str, str | int | bool], Meta(description="parameters of the query; here belongs what asks for few fields")
@@ -150,7 +152,7 @@ class Check(_Table, kw_only=True, frozen=True):
 class Detail(_Table, frozen=True):
     """The second call: the content of one resource."""
 
-    path: Annotated[str, Meta(pattern=r"^/[^?#\s]*$", description="the path, with {id} in it")]
+    path: Annotated[str, Meta(pattern=_PATH, description="the path, with {id} in it")]
     params: Params = {}
     item: Whole = ""
     fields: Annotated[list[Dotted], Meta(max_length=500, description="what to keep; all of it by default")] = []

@@ -35,8 +35,20 @@ from daemon.domain.errors import (
     StorageUnavailableError,
     TransientError,
 )
-from daemon.domain.job import Cancelled, Completed, Job, JobId, NewJob, Outcome, Settlement, Snoozed, Summary
+from daemon.domain.job import (
+    Cancelled,
+    Completed,
+    Job,
+    JobId,
+    NewJob,
+    Outcome,
+    Retryable,
+    Settlement,
+    Snoozed,
+    Summary,
+)
 from daemon.domain.ports import Answer
+from daemon.http_exits import Exits
 from daemon.pollers._resource_spec import Spec, parse_settings
 from daemon.pollers.http_resource import SOURCE, Look, Reader, Reading, digest_of, exits_of
 from daemon.queue.burial import bury, mourn
@@ -65,6 +77,8 @@ SLOT_WAIT_S = 2.0
 """How soon a batch looks again whether another one of its collection has given up its slot, where few wait for one."""
 SLOT_LOOKS = 2.0
 """Where many wait, for each slot so many a second look whether it is free."""
+EXITS_S = 30.0
+"""How soon a batch is tried again whose worker lacks the credential of its exits."""
 STILL_S = 300.0
 """How soon a batch looks again whether its connection is active."""
 LOST_RATIO = 0.5
@@ -239,7 +253,11 @@ async def run_resources(job: Job, deps: PollDeps) -> Outcome:
         wait_s = max(SLOT_WAIT_S, crowd_s) * random.uniform(0.5, 1.5)  # noqa: S311 (spreads load, guards nothing)
         return Snoozed(wait_s, "as many batches run as the limits allow")
     deps.governor.learn(await pauses.load(deps.db))
-    batch = _Batch(job, order, connection, stream, spec, deps)
+    try:
+        exits = exits_of(spec)
+    except PermanentError as error:  # another replica may have what this one lacks
+        return Retryable(str(error), EXITS_S)
+    batch = _Batch(job, order, connection, stream, spec, deps, exits)
     await batch.read()
     await pauses.store(deps.db, deps.governor.take_news())
     summary, counts = await batch.book()
@@ -312,7 +330,14 @@ class _Batch:
     """One attempt on a batch: `read` it, then `book` it once."""
 
     def __init__(
-        self, job: Job, order: ResourceOrder, connection: Connection, stream: Stream, spec: Spec, deps: PollDeps
+        self,
+        job: Job,
+        order: ResourceOrder,
+        connection: Connection,
+        stream: Stream,
+        spec: Spec,
+        deps: PollDeps,
+        exits: Exits | None,
     ) -> None:
         share = spec.share
         self._job = job
@@ -325,7 +350,7 @@ class _Batch:
         http = deps.http if share.per_second is None else _Paced(deps.http, share.per_second)
         org = connection.org_id or f"connection-{connection.id}"
         self._caller = CountingCaller(http, deps.governor, connection.target, org, deps.settings.retry)
-        self._reader = Reader(spec, connection.target, self._caller, exits_of(spec))
+        self._reader = Reader(spec, connection.target, self._caller, exits)
         self._began = deps.monotonic()
         self._seq = 0
         self._versions = order.listed

@@ -78,28 +78,26 @@ async def test_counters_go_from_valkey_to_the_list(tallyd: Tallyd, valkey: str, 
     await assert_laws(db)
 
 
-@pytest.mark.parametrize(
-    ("options", "code", "named"),
-    [
-        (["--url", "http//x", "--pattern", "quota:{user}"], 2, "url"),
-        (["--url", "redis://127.0.0.1:1/0", "--pattern", "quota:{user}"], 1, "--no-check"),
-        (["--url", "@", "--pattern", "quota:*"], 2, "pattern"),
-        (["--url", "@", "--pattern", "quota:{user}", "--setting", "colour=red"], 2, "colour"),
-        (["--url", "@", "--pattern", "quota:{user}", "--setting", "events_url=ftp://x"], 2, "events_url"),
-        (["--url", "@", "--pattern", "quota:{user}", "--every", "1"], 2, "every_s"),
-        (["--url", "@", "--pattern", "quota:{user}", "--setting", "pattern=x"], 2, "--pattern"),
-        (["--url", "redis://10.1.2.3/0", "--pattern", "quota:{user}"], 2, "--allow-insecure"),
-        (["--url", "@"], 2, "pattern"),
-    ],
-)
-async def test_wrong_input_names_the_field(
-    tallyd: Tallyd, valkey: str, options: list[str], code: int, named: str
-) -> None:
+REFUSED: list[tuple[list[str], int, str]] = [
+    (["--url", "http//x", "--pattern", "quota:{user}"], 2, "url"),
+    (["--url", "redis://127.0.0.1:1/0", "--pattern", "quota:{user}"], 1, "--no-check"),
+    (["--url", "@", "--pattern", "quota:*"], 2, "pattern"),
+    (["--url", "@", "--pattern", "quota:{user}", "--setting", "colour=red"], 2, "colour"),
+    (["--url", "@", "--pattern", "quota:{user}", "--setting", "events_url=ftp://x"], 2, "events_url"),
+    (["--url", "@", "--pattern", "quota:{user}", "--every", "1"], 2, "every_s"),
+    (["--url", "@", "--pattern", "quota:{user}", "--setting", "pattern=x"], 2, "--pattern"),
+    (["--url", "redis://10.1.2.3/0", "--pattern", "quota:{user}"], 2, "--allow-insecure"),
+    (["--url", "@"], 2, "pattern"),
+]
+
+
+async def test_wrong_input_names_the_field(tallyd: Tallyd, valkey: str) -> None:
     await tallyd("tenants", "add", "acme")
-    given = [valkey if option == "@" else option for option in options]
-    result = await tallyd("quota", "add", "--tenant", "acme", "--name", "q", *given)
-    assert (result.code, named in result.err) == (code, True), result.err
-    assert len(result.err.splitlines()) == 1, result.err
+    for options, code, named in REFUSED:
+        given = [valkey if option == "@" else option for option in options]
+        result = await tallyd("quota", "add", "--tenant", "acme", "--name", "q", *given)
+        assert (result.code, named in result.err) == (code, True), (options, result.err)
+        assert len(result.err.splitlines()) == 1, result.err
     assert (await tallyd("quota", "list", "--json")).json == []
 
 
@@ -200,19 +198,19 @@ async def test_a_tick_syncs_what_is_due_by_its_own_interval(
 async def test_a_kill_in_the_midst_of_a_sync_counts_nothing_twice(
     tallyd: Tallyd, valkey: str, redis: Redis, db: Database
 ) -> None:
-    """Twice killed as soon as a part is written; another replica brings it to its end."""
-    count = 60_000
+    """Killed as soon as a part is written; another replica brings it to its end."""
+    count = 40_000
     for start in range(0, count, 10_000):
         await redis.mset({f"quota:u{n}": n for n in range(start, start + 10_000)})
     await add(tallyd, valkey)
-    for round_ in range(2):
-        replica = tallyd.run(TALLYD_TICK_SECONDS="2")
+    replica = tallyd.run(TALLYD_TICK_SECONDS="2")
 
-        async def some(least: int = round_ * 10_000 + 1) -> bool:
-            return bool(await db.fetchval("select count(*) from quota") >= least)
+    async def some() -> bool:
+        return bool(await db.fetchval("select count(*) from quota"))
 
-        await until(some, "a part is written")
-        replica.kill()
+    await until(some, "a part is written")
+    replica.kill()
+    assert await db.fetchval("select count(*) from quota") < count
     tallyd.run(TALLYD_TICK_SECONDS="2")
 
     async def all_of_them() -> bool:

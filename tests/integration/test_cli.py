@@ -96,7 +96,7 @@ def test_connection_from_adding_to_reports(tallyd: Tallyd, simulator: str) -> No
     assert polled.code == 0, polled.err
     assert set(polled.json) == {
         "connections", "unchanged", "stored", "restated", "retried", "dead", "requests", "requests_saved", "rows",
-        "duration_s",
+        "items", "duration_s",
     }  # fmt: skip
     assert polled.json["connections"] == 1
     assert polled.json["rows"] > 0
@@ -157,7 +157,11 @@ def test_removed_connection_comes_back_under_its_id(tallyd: Tallyd) -> None:
         ),
         (("--setting", "colour=blue", "--no-check"), 2, "error: "),
         (("--tenant", "nobody", "--no-check"), 2, "error: --tenant: there is no tenant 'nobody'; `tallyd tenants add"),
-        (("--provider", "opnai"), 2, "error: provider: 'opnai': no such provider; use one of anthropic, openai"),
+        (
+            ("--provider", "opnai"),
+            2,
+            "error: provider: 'opnai': no such provider; use one of anthropic, http_resource,",
+        ),
         (("--name", "a b", "--no-check"), 2, "error: name: 'a b' is no name"),
         (("--provider", "anthropic", "--no-check"), 2, "error: credential: "),
     ],

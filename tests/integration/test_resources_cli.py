@@ -106,7 +106,7 @@ def test_from_check_to_add_to_sync_to_list(tallyd: Tallyd, file: str, api: str) 
     assert synced.code == 0
     assert synced.json | {"duration_s": 0} == {
         "resources": 120, "changed": 120, "unchanged": 0, "failed": 0, "gone": 0, "calls": 121, "calls_saved": 119,
-        "batches": 2, "duration_s": 0,
+        "batches": 2, "left": 0, "duration_s": 0,
     }  # fmt: skip
     control(api, "changed=1")
     again = tallyd("sync", "--json").json

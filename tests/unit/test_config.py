@@ -152,7 +152,9 @@ def test_none_means_for_ever_and_ssl_cert_file_counts(elsewhere: Path) -> None:
 
 
 def test_variables_of_the_tests_and_of_others_are_left_alone() -> None:
-    assert isinstance(load(env={"TALLYD_TEST_DATABASE_URL": "x", "PATH": "y", "_TALLYD_X": "z"}), Settings)
+    assert isinstance(
+        load(env={"TALLYD_TEST_DATABASE_URL": "x", "TALLYD_EXIT_EU": "u:p", "PATH": "y", "_TALLYD_X": "z"}), Settings
+    )
 
 
 @given(

@@ -226,3 +226,9 @@ def test_an_exit_gets_its_credential_from_the_environment_alone() -> None:
     assert list(found) == ["http://us%2Fer:pa%3Ass%40word@h:1"]
     with pytest.raises(PermanentError, match="TALLYD_EXIT_A is not set"):
         exits_of(spec, {})
+
+
+@pytest.mark.parametrize("path", ["/../{id}", "/orders/../../{id}", "/./{id}", "/orders//{id}/..", "orders/{id}"])
+def test_a_path_never_leads_above_the_base_url(path: str) -> None:
+    with pytest.raises(UsageError, match="path"):
+        parse_document(HEAD + LIST + f'[detail]\npath = "{path}"\n')
