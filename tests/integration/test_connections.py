@@ -55,7 +55,7 @@ async def test_taken_name_is_refused(store: ConnectionStore) -> None:
 
 async def test_second_connection_to_one_organisation_is_refused_naming_the_first(store: ConnectionStore) -> None:
     await store.add(connection(org_id="org-1"))
-    with pytest.raises(ConflictError, match=r"acme/main reads the same organisation already.*--allow-duplicate"):
+    with pytest.raises(ConflictError, match=r"acme/main reads the same already.*--allow-duplicate"):
         await store.add(connection("other", "sk-admin-2", org_id="org-1"))
     assert (await store.add(connection("third", "sk-admin-3", org_id="org-2"))).is_revived is False
     await store.add(connection("other", "sk-admin-2", org_id="org-1"), allow_duplicate=True)
@@ -63,7 +63,7 @@ async def test_second_connection_to_one_organisation_is_refused_naming_the_first
 
 async def test_same_key_is_the_same_organisation_when_none_is_known(store: ConnectionStore) -> None:
     await store.add(connection())
-    with pytest.raises(ConflictError, match="reads the same organisation"):
+    with pytest.raises(ConflictError, match="reads the same already"):
         await store.add(connection("other"))
     await store.add(connection("gateway", base_url="https://gateway.example/v1"))
 
@@ -261,7 +261,7 @@ async def test_import_with_bad_lines_stores_nothing_and_names_each(store: Connec
         ["line 4", " name"],
         ["line 5", " credential"],
     ]
-    assert "fresh/fine (line 1) reads the same organisation" in caught.value.problems[3]
+    assert "fresh/fine (line 1) reads the same already" in caught.value.problems[3]
     assert await db.fetchval("select count(*) from connection") == before
     assert await db.fetchval("select count(*) from tenant where name = 'fresh'") == 0
     with pytest.raises(ImportRefusedError, match="line 9: tenant"):
