@@ -210,10 +210,10 @@ async def sync(
     Args:
         connections: finds them, in the transaction that enqueues their batches.
     """
+    slot = floor_to(await db.now(), settings.tick_s)
     async with db.transaction() as tx:
-        now = await tx.fetchval("select now()")
         if occasion.message_id is not None:
-            earlier = await ticks.take_delivery(tx, occasion.message_id, floor_to(now, settings.tick_s))
+            earlier = await ticks.take_delivery(tx, occasion.message_id, slot)
             if earlier is not None:
                 return Sync(created=False)
         ids = await connections(tx)

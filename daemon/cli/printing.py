@@ -70,6 +70,12 @@ class JsonArray:
         print("]" if self._is_empty else "\n]")
 
 
+def print_json_rows(rows: Iterable[Mapping[str, object]]) -> None:
+    with JsonArray() as array:
+        for row in rows:
+            array.add(row)
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
     """A rich table; `empty` is said on stderr in place of one without rows."""
     from rich.console import Console

@@ -10,7 +10,7 @@ import typer
 
 from daemon.cli.arguments import Json, parse_label, parse_settings, read_credential
 from daemon.cli.connections import check_kind, prove
-from daemon.cli.printing import JsonArray, note, print_json, print_table
+from daemon.cli.printing import JsonArray, note, print_json, print_json_rows, print_table
 from daemon.cli.session import with_app
 from daemon.domain.connection import Secret
 from daemon.domain.errors import ForbiddenError, UsageError
@@ -195,9 +195,7 @@ def history(
 
     rows = with_app(work)
     if json:
-        with JsonArray() as array:
-            for row in rows:
-                array.add(row)
+        print_json_rows(rows)
         return
     columns = ("at", "tenant", "name", "user", "period", "kind", "delta", "value")
     print_table(columns, [[row[column] for column in columns] for row in rows], empty="no changes")
@@ -229,9 +227,7 @@ def drift(
 
     rows = with_app(work)
     if json:
-        with JsonArray() as array:
-            for row in rows:
-                array.add(row)
+        print_json_rows(rows)
         return
     columns = ("tenant", "user", "period", "counter", "ledger", "drift")
     shown = [[row[column] for column in columns] for row in rows[:ROWS]]

@@ -57,8 +57,9 @@ class Told(msgspec.Struct, frozen=True):
 
 
 class Taken(NamedTuple):
-    """What writing some counters changed; `told` by key, where it was asked for."""
+    """What writing some counters changed, and when by the database's clock; `told` by key, where it was asked for."""
 
+    at: datetime
     new: int
     changed: int
     told: list[Told]
@@ -135,7 +136,7 @@ async def take(
     given = [list(column) for column in columns] if columns else [[]] * 6
     row = await tx.fetchrow(_TAKE, stream, tenant, seq, tells, *given, is_restored, may_refund)
     assert row is not None  # an aggregate without `group by` has one row
-    return Taken(row["new"], row["changed"], _told.decode(row["told"]) if row["told"] else [])
+    return Taken(row["at"], row["new"], row["changed"], _told.decode(row["told"]) if row["told"] else [])
 
 
 async def connections(db: Executor, tenant: str | None = None, name: str | None = None) -> list[ConnectionId]:

@@ -7,6 +7,7 @@ since, after its server was restored, or a refund, nothing was.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Protocol
 
 import msgspec
@@ -63,7 +64,7 @@ class QuotaTaker:
                 tells=url is not None,
             )
             if taken.told and url is not None:
-                await self._outbox.post(tx, url, f"quota-{lot.connection.id}", await _bodies(tx, lot, taken.told))
+                await self._outbox.post(tx, url, f"quota-{lot.connection.id}", _bodies(lot, taken))
             effect = Effect(new=taken.new, restated=taken.changed, items=len(counters))
             effects[lot.stream.id] = effects.get(lot.stream.id, Effect()) + effect
         return effects
@@ -74,13 +75,12 @@ class QuotaTaker:
         return {}
 
 
-async def _bodies(tx: Session, lot: Lot, told: Sequence[quota.Told]) -> list[bytes]:
-    now = rfc3339(await tx.fetchval("select now()"))
-    events = [_event(lot.connection, lot.stream.id, change, now) for change in told]
+def _bodies(lot: Lot, taken: quota.Taken) -> list[bytes]:
+    events = [_event(lot.connection, lot.stream.id, change, taken.at) for change in taken.told]
     return [_encode(events[at : at + EVENTS_MAX]) for at in range(0, len(events), EVENTS_MAX)]
 
 
-def _event(connection: Connection, stream: StreamId, change: quota.Told, now: str) -> dict[str, object]:
+def _event(connection: Connection, stream: StreamId, change: quota.Told, at: datetime) -> dict[str, object]:
     """A CloudEvent of version 1.0; (source, id) names this revision of this counter for ever."""
     return {
         "specversion": "1.0",
@@ -88,7 +88,7 @@ def _event(connection: Connection, stream: StreamId, change: quota.Told, now: st
         "source": f"/connections/{connection.id}",
         "type": EVENT_TYPE,
         "subject": connection.tenant,
-        "time": now,
+        "time": rfc3339(at),
         "datacontenttype": "application/json",
         "data": {
             "name": connection.name,

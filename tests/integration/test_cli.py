@@ -2,55 +2,25 @@
 
 import base64
 import json
-import logging
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
-import structlog
 
-from daemon.cli.main import main
+from tests.cli_kit import KEY, Result, Tallyd
 
-KEY = base64.b64encode(b"k" * 32).decode()
 NEXT = base64.b64encode(b"n" * 32).decode()
 ADMIN = "sk-admin-0123456789abcdef"
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Tallyd = Callable[..., Result]
-
-
 @pytest.fixture
-def tallyd(
-    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Tallyd]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TALLYD_DATABASE_URL", database_url)
-    monkeypatch.setenv("TALLYD_SECRET_KEY", KEY)
+def tallyd(tallyd: Tallyd, monkeypatch: pytest.MonkeyPatch) -> Tallyd:
+    """With a key in the environment."""
     monkeypatch.setenv("ADMIN_KEY", ADMIN + "\n")
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-
-    def run(*arguments: str) -> Result:
-        code = main(arguments)
-        return Result(code, *capsys.readouterr())
-
-    yield run
-    root.handlers[:], root.level = before
-    structlog.reset_defaults()
+    return tallyd
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The commands for accounts, messages, schedules, groups and their dead letters: what a script may rely on."""
 
+import base64
 import json
 import socket
 import threading
@@ -21,10 +22,10 @@ from daemon.queue.message import Callback, MessageId, Spec
 from daemon.queue.messages import Messages
 from daemon.queue.postgres import PostgresQueue
 from daemon.queue.schedules import Schedules
-from tests.integration.test_cli import KEY, NEXT, Tallyd, tallyd
+from tests.cli_kit import KEY, Tallyd
 from tests.message_kit import Post
 
-__all__ = ["tallyd"]
+NEXT = base64.b64encode(b"n" * 32).decode()
 
 Result = TypeVar("Result")
 Act = Callable[[Callable[[Post], Awaitable[Result]]], Result]

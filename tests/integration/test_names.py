@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import anyio
 import pytest
 
-from daemon.cli.main import main
 from daemon.db import ledger, names
 from daemon.db.insights import Insights, Question
 from daemon.db.names import NameSpan
@@ -24,7 +21,7 @@ from daemon.domain.window import Width, Window
 from daemon.records.identity import grain_id
 from daemon.sinks.ledger import Effect, Flush, LedgerSink, Lot
 from daemon.sinks.names import NameTaker
-from tests.books_kit import SECRET_KEY
+from tests.cli_kit import Tallyd
 from tests.ledger_kit import T0, Account, lock_nothing, make_account
 
 pytestmark = pytest.mark.anyio
@@ -286,23 +283,6 @@ async def test_workspaces_teams_and_users_have_names_too(
 # ── The commands ────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def tallyd(
-    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TALLYD_DATABASE_URL", database_url)
-    monkeypatch.setenv("TALLYD_SECRET_KEY", SECRET_KEY)
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        return main(arguments), *capsys.readouterr()
-
-    yield run
-    root.handlers[:], root.level = before
-
-
 async def _fill(database_url: str) -> None:
     db = await Database.open(database_url)
     directory = await Directory.open(db)
@@ -312,7 +292,7 @@ async def _fill(database_url: str) -> None:
     await db.close()
 
 
-def test_commands_show_names(tallyd: Callable[..., tuple[int, str, str]], database_url: str) -> None:
+def test_commands_show_names(tallyd: Tallyd, database_url: str) -> None:
     anyio.run(_fill, database_url)
     code, out, _ = tallyd("usage", "--group-by", "api_key,project", "--json")
     (line,) = json.loads(out)

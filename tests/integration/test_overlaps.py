@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -16,7 +15,6 @@ import anyio
 import pytest
 
 from daemon.app import open_app
-from daemon.cli.main import main
 from daemon.config import load
 from daemon.db import ledger, streams
 from daemon.db.figures import Figures, SourceFact
@@ -32,6 +30,7 @@ from daemon.pollers.openai import OpenAIPoller
 from daemon.records.identity import grain_id
 from daemon.sinks.ledger import LedgerSink
 from tests.books_kit import SECRET_KEY
+from tests.cli_kit import Tallyd
 from tests.ledger_kit import KEYRING, Account, assert_laws
 
 pytestmark = pytest.mark.anyio
@@ -478,28 +477,16 @@ class ToyGateway(OpenAIPoller):
 
 
 @pytest.fixture
-def tallyd(
-    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    """The commands, in an installation where another package brings the poller of a gateway."""
+def tallyd(tallyd: Tallyd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tallyd:
+    """In an installation where another package brings the poller of a gateway."""
     package = tmp_path / "site" / "toygate-1.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: toygate\nVersion: 1\n")
     (package / "entry_points.txt").write_text(f"[tallyd.pollers]\ntoygate = {__name__}:ToyGateway\n")
     monkeypatch.syspath_prepend(str(package.parent))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TALLYD_DATABASE_URL", database_url)
-    monkeypatch.setenv("TALLYD_SECRET_KEY", SECRET_KEY)
     monkeypatch.setenv("KEY", "sk-admin-overlap")
     monkeypatch.setenv("OTHER", "sk-admin-other")
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        return main(arguments), *capsys.readouterr()
-
-    yield run
-    root.handlers[:], root.level = before
+    return tallyd
 
 
 @asynccontextmanager
@@ -518,7 +505,7 @@ async def _book_both(database_url: str) -> None:
         await gate.book({0: [("openai", "9.5"), ("mistral", "3")]})
 
 
-def test_commands_tell_what_they_leave_out(tallyd: Callable[..., tuple[int, str, str]], database_url: str) -> None:
+def test_commands_tell_what_they_leave_out(tallyd: Tallyd, database_url: str) -> None:
     anyio.run(_book_both, database_url)
     code, out, err = tallyd("spend", "--json", "--group-by", "provider")
     assert code == 0
@@ -544,7 +531,7 @@ def test_commands_tell_what_they_leave_out(tallyd: Callable[..., tuple[int, str,
     assert err == ""
 
 
-def test_adding_a_connection_says_whose_money_it_may_tell_again(tallyd: Callable[..., tuple[int, str, str]]) -> None:
+def test_adding_a_connection_says_whose_money_it_may_tell_again(tallyd: Tallyd) -> None:
     def add(tenant: str, name: str, provider: str, key: str, *more: str) -> str:
         code, _, err = tallyd(
             "connections", "add", "--tenant", tenant, "--name", name, "--provider", provider, "--credential-env", key,
@@ -565,7 +552,7 @@ def test_adding_a_connection_says_whose_money_it_may_tell_again(tallyd: Callable
 
 
 def test_sources_that_name_a_vendor_are_gateways_to_all_other_providers(
-    tallyd: Callable[..., tuple[int, str, str]],
+    tallyd: Tallyd,
     database_url: str,
 ) -> None:
     """Money beside costs, tokens beside usage; never to oneself."""

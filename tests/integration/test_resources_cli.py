@@ -1,19 +1,15 @@
 """`tallyd resources` from the file to the rows, against an API in a process of its own."""
 
-import base64
 import json
-import logging
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
-import structlog
 
-from daemon.cli.main import main
+from tests.cli_kit import Tallyd
 from tests.resource_stand_in import SECRET
 
 FILE = """
@@ -33,37 +29,12 @@ fields = ["id", "total"]
 """
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Tallyd = Callable[..., Result]
-
-
 @pytest.fixture
-def tallyd(
-    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Tallyd]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TALLYD_DATABASE_URL", database_url)
-    monkeypatch.setenv("TALLYD_SECRET_KEY", base64.b64encode(b"k" * 32).decode())
+def tallyd(tallyd: Tallyd, monkeypatch: pytest.MonkeyPatch) -> Tallyd:
+    """With a key in the environment; what is no other group is one of `resources`."""
     monkeypatch.setenv("ORDERS_KEY", SECRET)
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-
-    def run(*arguments: str) -> Result:
-        code = main(["resources", *arguments] if arguments[0] not in ("tenants", "dlq", "connections") else arguments)
-        return Result(code, *capsys.readouterr())
-
-    yield run
-    root.handlers[:], root.level = before
-    structlog.reset_defaults()
+    groups = ("tenants", "dlq", "connections")
+    return lambda *arguments: tallyd(*(arguments if arguments[0] in groups else ("resources", *arguments)))
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ with given as (
     detail = excluded.detail, pending = null, updated_at = now()
   where quota.revision < excluded.revision
 )
-select count(*) filter (where kind = 1) as new, count(*) filter (where kind > 1) as changed,
+select now() as at, count(*) filter (where kind = 1) as new, count(*) filter (where kind > 1) as changed,
   case when $4 then json_agg(json_build_object(
     'key', key, 'user', user_name, 'tenant', tenant_name, 'period', period, 'value', value::text,
     'delta', delta::text, 'epoch', epoch, 'revision', revision, 'kind', kind) order by key)::text end as told
