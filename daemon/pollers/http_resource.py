@@ -26,12 +26,13 @@ from daemon.domain.collection import Collected, Listed
 from daemon.domain.connection import Identity, Target
 from daemon.domain.duration import parse_duration
 from daemon.domain.errors import BadRequestError, CredentialError, PermanentError, SchemaDriftError
-from daemon.domain.ports import Answer, Caller, Probe, collection
-from daemon.domain.record import Grain, Snapshot, Totals
-from daemon.domain.window import Width, Window
+from daemon.domain.ports import Answer, Caller, collection
+from daemon.domain.record import Grain
+from daemon.domain.window import Width
 from daemon.http_exits import Exits, Terms
 from daemon.pollers._resource_spec import Cursor, Link, Listing, Offset, PageNumber, Spec, parse_settings
 from daemon.pollers.chain import decode
+from daemon.pollers.kit import CollectionsOnly
 
 PROVIDER = "http_resource"
 SOURCE = "resources"
@@ -282,7 +283,7 @@ class Reader:
         return {"if-none-match" if check.version == "etag" else "if-modified-since": known}
 
 
-class HttpResourcePoller:
+class HttpResourcePoller(CollectionsOnly):
     """A REST collection as a connection: its settings are the file of `tallyd resources add`."""
 
     provider = PROVIDER
@@ -343,25 +344,6 @@ class HttpResourcePoller:
         if refused:
             log.warning("resources.ids_refused", ids=len(refused), example=refused[0])
         yield Collected(waiting, Reading(is_whole, newest, full_at).encode())
-
-    async def probe(self, target: Target, source: str, grain: Grain, window: Window, call: Caller) -> Probe:
-        raise PermanentError(_NO_REPORT)
-
-    async def fetch(self, target: Target, source: str, grain: Grain, window: Window, call: Caller) -> Snapshot:
-        raise PermanentError(_NO_REPORT)
-
-    async def totals(
-        self,
-        target: Target,
-        source: str,
-        grain: Grain,
-        window: Window,
-        call: Caller,
-    ) -> Mapping[Any, Totals]:
-        raise PermanentError(_NO_REPORT)
-
-
-_NO_REPORT = "a REST collection holds no report over time"
 
 
 def auth_headers(spec: Spec, target: Target) -> dict[str, str]:

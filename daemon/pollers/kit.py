@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from daemon.domain import ports
 from daemon.domain.connection import Identity, Target
-from daemon.domain.errors import SchemaDriftError, UpstreamUnavailableError
+from daemon.domain.errors import PermanentError, SchemaDriftError, UpstreamUnavailableError
 from daemon.domain.ports import Answer, Caller, Ladder, Probe, SourceSpec
 from daemon.domain.record import EXACT, Dims, Grain, Row, Snapshot, Totals, totals_of
 from daemon.domain.window import Width, Window
@@ -288,9 +288,19 @@ def cost_row(dims: Dims, amount: object, currency: object, rest: Fields, *, plac
     return Row(tuple(sorted((*dims, ("currency", code)))), amount=exact, currency=code, detail=encode_detail(rest))
 
 
+class CollectionsOnly:
+    """The reports' part of the protocol, for a poller all of whose sources are collections. Nobody asks it for any."""
+
+    async def fetch(self, *_: object, **__: object) -> NoReturn:
+        raise PermanentError("it holds collections, and no report over time")
+
+    probe = totals = fetch
+
+
 __all__ = [
     "DAILY",
     "HOURLY",
+    "CollectionsOnly",
     "Question",
     "Report",
     "SimplePoller",

@@ -10,7 +10,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Literal, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -18,7 +18,7 @@ import structlog
 
 from daemon.domain.collection import Collected, Counter
 from daemon.domain.connection import Identity, Target
-from daemon.domain.errors import CredentialError, PermanentError, SchemaDriftError, UsageError
+from daemon.domain.errors import CredentialError, SchemaDriftError, UsageError
 from daemon.domain.ports import Caller, SourceSpec, collection
 from daemon.domain.record import Grain
 from daemon.domain.redis import Command, Node, Reply, Store, WrongType, digest_of
@@ -26,6 +26,7 @@ from daemon.domain.redis_url import parse_url
 from daemon.domain.window import Width
 from daemon.pollers._quota_pattern import Pattern, compile_pattern
 from daemon.pollers.chain import check_known
+from daemon.pollers.kit import CollectionsOnly
 
 if TYPE_CHECKING:
     from daemon.http_client import HttpSettings
@@ -367,7 +368,7 @@ def _step(reply: Reply, sent: bytes) -> tuple[bytes | None, list[bytes]]:
 # ── The poller ──────────────────────────────────────────────────────────────────────────────────
 
 
-class RedisQuotaPoller:
+class RedisQuotaPoller(CollectionsOnly):
     """Counters that stand in a Redis, Valkey or Upstash, each under a key of its own."""
 
     provider = "redis_quota"
@@ -448,11 +449,6 @@ class RedisQuotaPoller:
                     replies = await call.run(_bound(store.ask, scripts))
                     there |= {key for key, reply in zip(rest, replies, strict=True) if reply == 1}
         return there
-
-    async def fetch(self, *_: object, **__: object) -> NoReturn:
-        raise PermanentError("a counter is read as it stands: it is no report over time")
-
-    probe = totals = fetch
 
     def _store(self, target: Target, settings: QuotaSettings) -> Store:
         from daemon.http_client import HttpSettings  # noqa: PLC0415 - the clients take a second to import
