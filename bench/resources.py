@@ -19,7 +19,7 @@ import msgspec
 from bench.fleet import TALLYD, Fleet
 from bench.report import Line, Target
 from bench.stage import Stage, process
-from daemon.app import read_resource_file
+from daemon.by_hand import read_resource_file
 
 KEY = "resource-key"
 CHANGED_PERCENT = 27

@@ -9,7 +9,7 @@ The road a unit of work travels, one room a step:
 
 Nouns live in `domain/`, verbs in the rooms; imports go down this list and never climb:
 
-    cli > service > app > config > web > triggers > orchestrate > worker
+    cli > service | by_hand > app > config > web > triggers > orchestrate > worker
         > queue | pollers | sinks  >  redis_client  >  db | http_client | http_push | records | telemetry  >  domain
 
 `testing` stands above them all: the suite by which third parties prove their pollers.

@@ -77,7 +77,6 @@ from daemon.domain.ports import Answer, Poller
 from daemon.domain.record import Rating
 from daemon.domain.redis_url import parse_url
 from daemon.domain.window import EPOCH
-from daemon.pollers._resource_spec import parse_document, parse_settings
 from daemon.pollers.registry import Pollers, check_settings, load_pollers
 from daemon.queue.audit import Probe, probe
 from daemon.queue.backlog import Addressed, Backlog, UnderWay
@@ -96,26 +95,24 @@ from daemon.records.price import Pricer
 from daemon.sinks.ledger import LedgerSink, Taker
 from daemon.sinks.names import NameTaker
 from daemon.sinks.quota import QuotaTaker
-from daemon.worker.caller import CountingCaller, RetrySettings
+from daemon.worker.caller import RetrySettings
 from daemon.worker.governor import Governor, GovernorSettings
 from daemon.worker.ladder import Mode
 from daemon.worker.local import LocalWorker
 from daemon.worker.loop import WorkerLoop
 from daemon.worker.poll import BUDGET_RATIO, POLL, POLL_ONE, PollDeps, PollOrder, PollSettings, grains_of, run_poll
-from daemon.worker.quota import QUOTA_DRIFT, Drift, FollowUp, QuotaDeps, compare, run_drift, settable, write_back
+from daemon.worker.quota import QUOTA_DRIFT, FollowUp, QuotaDeps, run_drift
 from daemon.worker.run import Handler, run_job
 from daemon.worker.seqs import SeqSource
 
 if TYPE_CHECKING:
     from daemon.http_client import HttpClient, HttpSettings
     from daemon.http_push import PushClient, PushSettings
-    from daemon.pollers._resource_trial import Trial
     from daemon.worker.push import Pusher
 
 BY_HAND_TIMEOUT_S = 3_600.0
 BACKFILL_BATCH = 10
 WATCH_S = 0.2
-FILE_BYTES_MAX = 16 * 1024 * 1024
 RESOURCE_PROVIDER, RESOURCE_SOURCE = "http_resource", "resources"
 SILENT_S = 60.0
 """A command rescues at once, without having watched beats itself. After an outage this may take a job from a worker that
@@ -159,14 +156,12 @@ __all__ = [
     "QueueStats",
     "QuotaLine",
     "Report",
-    "ResourceFile",
     "ResourceRun",
     "Rotation",
     "Schedule",
     "SigningKeys",
     "SpendLine",
     "Status",
-    "SyncReport",
     "Tick",
     "TickReport",
     "Trace",
@@ -183,10 +178,8 @@ __all__ = [
     "parse_dead_name",
     "probe",
     "psql_command",
-    "read_resource_file",
     "start_database",
     "stop_database",
-    "try_resources",
 ]
 
 
@@ -208,36 +201,6 @@ class BackfillReport:
     connections: int
     jobs: int
     is_dry_run: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ResourceFile:
-    """A collection as a file declares it; `settings` are its connection's."""
-
-    name: str
-    base_url: str
-    settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class SyncReport:
-    """What `tallyd resources sync` did.
-
-    Attributes:
-        calls_saved: against a program that makes every call for every resource.
-        left: batches that came to no end: they wait for another try, or are dead letters.
-    """
-
-    resources: int
-    changed: int
-    unchanged: int
-    failed: int
-    gone: int
-    calls: int
-    calls_saved: int
-    batches: int
-    left: int
-    duration_s: float
 
 
 @dataclass
@@ -291,53 +254,6 @@ class App:
         """The REST collections of this scope, each with its newest listing and what came of it."""
         return await resources.runs(self.db, RESOURCE_PROVIDER, RESOURCE_SOURCE, tenant, name)
 
-    async def sync_resources(self, tenant: str | None, name: str | None) -> SyncReport:
-        """List the active collections of this scope here and now, and work their batches off.
-
-        Raises:
-            UsageError: there is none.
-            TransientError: a listing did not come to its end.
-        """
-        began = monotonic()
-        chosen = [run for run in await self.resource_runs(tenant, name) if run.state == "active"]
-        if not chosen:
-            raise UsageError("scope", "there is no active collection", "see `tallyd resources list`")
-        ids = [run.connection_id for run in chosen]
-        polled = await self.poll(ids, full=False)
-        await self._work_off_resources(ids)
-        runs = [run for run in await self.resource_runs(tenant, name) if run.connection_id in ids]
-
-        def total(figure: str) -> int:
-            return sum(getattr(run, figure) or 0 for run in runs)
-
-        return SyncReport(
-            resources=total("listed"),
-            changed=total("changed"),
-            unchanged=total("unchanged"),
-            failed=total("failed") + polled.retried + polled.dead,
-            gone=total("gone"),
-            calls=total("calls") + polled.requests,
-            calls_saved=max(0, total("calls_saved") - polled.requests),
-            batches=total("batches"),
-            left=max(0, total("batches") - total("batches_done")),
-            duration_s=round(monotonic() - began, 3),
-        )
-
-    async def _work_off_resources(self, connections: Sequence[ConnectionId]) -> None:
-        """Run what is ready, ours or not, until no batch of these connections is: what failed waits for its retry."""
-        loop = self.worker_loop()
-
-        async def watch() -> None:
-            left = await resources.open_batches(self.db, connections)
-            while left:
-                await anyio.sleep(WATCH_S)
-                left = await resources.open_batches(self.db, connections)
-            loop.stop()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(loop.run)
-            group.start_soon(watch)
-
     @cached_property
     def quotas(self) -> QuotaStore:
         return QuotaStore(self.db)
@@ -345,39 +261,6 @@ class App:
     async def quota_connections(self, tenant: str | None, name: str | None) -> list[ConnectionId]:
         """The quota sources of this scope that are synced."""
         return await quota.connections(self.db, tenant, name)
-
-    async def quota_drift(self, tenant: str, name: str) -> AsyncIterator[Drift]:
-        """Each counter of a source against the ledger.
-
-        Raises:
-            PermanentError: its settings do not say what the counters measure.
-        """
-        connection = await self.connections.get(tenant, name)
-        stream = await self.quotas.stream_of(connection.id)
-        if stream is None:
-            raise UsageError("TENANT/NAME", f"{tenant}/{name} was never synced", "`tallyd quota sync` first")
-        async for lines in compare(self.quota_deps, connection, stream):
-            for line in lines:
-                yield line
-
-    async def quota_write_back(self, tenant: str, name: str, *, dry_run: bool) -> tuple[int, int]:
-        """Set a source's counters to the ledger's figures: how many differed, and how many were set.
-
-        They are read first, or what they counted since the last sync would be overwritten without having been counted.
-
-        Raises:
-            UpstreamUnavailableError: they cannot be read now; nothing is set.
-        """
-        connection = await self.connections.get(tenant, name)
-        if not dry_run:
-            read = await self.poll([connection.id], full=False)
-            if read.retried or read.dead:
-                raise UpstreamUnavailableError(f"{tenant}/{name} cannot be read, so nothing is set: see `tallyd gaps`")
-        lines = [line async for line in self.quota_drift(tenant, name) if settable(line) is not None]
-        stream = await self.quotas.stream_of(connection.id)
-        if dry_run or stream is None:
-            return len(lines), 0
-        return len(lines), await write_back(self.quota_deps, connection, stream, lines)
 
     async def check_destination(self, field: str, url: str) -> None:
         """Raises UsageError for a URL that messages may not go to."""
@@ -769,47 +652,6 @@ class _OnceCaller:
 
     async def run(self, send: Callable[[], Awaitable[T]]) -> T:
         return await send()
-
-
-async def try_resources(settings: Settings, file: ResourceFile, base_url: str, credential: Secret, limit: int) -> Trial:
-    """Try a collection's declaration on its API; nothing is stored, and no database is needed.
-
-    Returns what was found, with the number of calls.
-    """
-    from daemon.http_client import HttpClient  # noqa: PLC0415 - takes 0.3 s to import
-    from daemon.pollers._resource_trial import try_out  # noqa: PLC0415 - imports the client
-
-    target = Target(RESOURCE_PROVIDER, base_url, credential, file.settings)
-    async with HttpClient(http_settings(settings)) as http:
-        governor = Governor(GovernorSettings(), monotonic)
-        caller = CountingCaller(http, governor, target, "check", RetrySettings(tries=1))
-        trial = await try_out(parse_settings(file.settings), target, caller, limit)
-    trial.calls = caller.requests
-    return trial
-
-
-def read_resource_file(path: Path) -> ResourceFile:
-    """A collection's declaration. Raises UsageError naming the field and the fix."""
-    document = parse_document(read_text("FILE", path))
-    ids: list[str] = []
-    if document.ids_file is not None:
-        lines = read_text("ids_file", path.parent / document.ids_file).splitlines()
-        ids = [line.strip() for line in lines if line.strip()]
-    return ResourceFile(document.name, document.base_url, document.settings(ids))
-
-
-def read_text(field: str, path: Path) -> str:
-    """A text file of at most `FILE_BYTES_MAX`."""
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(FILE_BYTES_MAX + 1)
-        if len(raw) > FILE_BYTES_MAX:
-            raise UsageError(field, f"{path} has more than {FILE_BYTES_MAX} bytes", "give a smaller file")
-        return raw.decode("utf-8")
-    except OSError as error:
-        raise UsageError(field, f"cannot read {path}: {error.strerror}", "give a readable file") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(field, f"{path} is no text in UTF-8", "give a text file") from error
 
 
 def http_settings(settings: Settings) -> HttpSettings:

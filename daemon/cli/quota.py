@@ -211,6 +211,8 @@ def drift(
     tenant, name = parse_label("TENANT/NAME", label)
 
     async def work(a: App) -> list[dict[str, object]]:
+        from daemon.by_hand import quota_drift
+
         return [
             {
                 "tenant": line.tenant,
@@ -221,7 +223,7 @@ def drift(
                 "drift": line.drift,
                 "key": line.key,
             }
-            async for line in a.quota_drift(tenant, name)
+            async for line in quota_drift(a, tenant, name)
             if every or line.drift
         ]
 
@@ -248,8 +250,10 @@ def write_back(
     tenant, name = parse_label("TENANT/NAME", label)
 
     async def work(a: App) -> dict[str, object]:
+        from daemon.by_hand import quota_write_back
+
         try:
-            differ, written = await a.quota_write_back(tenant, name, dry_run=dry_run)
+            differ, written = await quota_write_back(a, tenant, name, dry_run=dry_run)
         except ForbiddenError as error:
             raise ForbiddenError(
                 f"{label}: {error}; grant SET for strings, and EVAL, TYPE, HEXISTS and HSET for hashes"

@@ -24,7 +24,8 @@ from daemon.domain.errors import (
 )
 
 if TYPE_CHECKING:
-    from daemon.app import App, ResourceRun, SyncReport
+    from daemon.app import App, ResourceRun
+    from daemon.by_hand import SyncReport
     from daemon.pollers._resource_trial import Trial
 
 app = typer.Typer(help="Resources: REST collections, read again where they changed.", no_args_is_help=True)
@@ -49,7 +50,7 @@ def check(
     """Try a declaration on its API, without writing anything; exit 1 if it reads nothing, or all of it each time."""
     import anyio
 
-    from daemon.app import read_resource_file, try_resources
+    from daemon.by_hand import read_resource_file, try_resources
 
     chosen = settings()
     set_up_logs(chosen)
@@ -135,7 +136,8 @@ def add(
     json: Json = False,
 ) -> None:
     """Add a collection as a connection of a tenant; it is synced from the next tick on."""
-    from daemon.app import RESOURCE_PROVIDER, NewConnection, read_resource_file
+    from daemon.app import RESOURCE_PROVIDER, NewConnection
+    from daemon.by_hand import read_resource_file
 
     declared = read_resource_file(file)
     credential = credential_from_env("--credential-env", credential_env)
@@ -164,7 +166,9 @@ def sync(tenant: Tenant = None, name: Name = None, json: Json = False) -> None:
     """List the active collections here and now, and read what changed; exit 1 if anything failed."""
 
     async def work(a: App) -> SyncReport:
-        return await a.sync_resources(tenant, name)
+        from daemon.by_hand import sync_resources
+
+        return await sync_resources(a, tenant, name)
 
     report = asdict(with_app(work))
     if json:

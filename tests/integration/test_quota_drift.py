@@ -12,6 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from daemon.app import App, NewConnection
+from daemon.by_hand import quota_drift, quota_write_back
 from daemon.domain.connection import Secret
 from daemon.domain.errors import PermanentError, UpstreamUnavailableError
 from daemon.domain.window import Window
@@ -48,7 +49,7 @@ class Quota:
         assert (summary.retried, summary.dead) == (0, 0), summary
 
     async def drift(self) -> dict[str, tuple[Decimal, Decimal | None]]:
-        return {d.key: (d.counted, d.booked) async for d in self.app.quota_drift("acme", "q")}
+        return {d.key: (d.counted, d.booked) async for d in quota_drift(self.app, "acme", "q")}
 
     async def values(self) -> dict[str, str]:
         keys = sorted(await self.redis.keys("quota:*"))
@@ -175,11 +176,11 @@ async def test_a_write_back_by_hand_counts_first_and_sets_then(quota: Quota) -> 
     await quota.redis.set("quota:ann", 130)
     await quota.add()
     await quota.sync()
-    assert await quota.app.quota_write_back("acme", "q", dry_run=True) == (1, 0)
+    assert await quota_write_back(quota.app, "acme", "q", dry_run=True) == (1, 0)
     assert await quota.values() == {"quota:ann": "130"}
-    assert await quota.app.quota_write_back("acme", "q", dry_run=False) == (1, 1)
+    assert await quota_write_back(quota.app, "acme", "q", dry_run=False) == (1, 1)
     assert await quota.values() == {"quota:ann": "100"}
-    assert await quota.app.quota_write_back("acme", "q", dry_run=False) == (0, 0)
+    assert await quota_write_back(quota.app, "acme", "q", dry_run=False) == (0, 0)
 
 
 async def test_a_write_back_by_hand_counts_what_it_overwrites(quota: Quota) -> None:
@@ -188,7 +189,7 @@ async def test_a_write_back_by_hand_counts_what_it_overwrites(quota: Quota) -> N
     await quota.add()
     await quota.sync()
     await quota.redis.incrby("quota:ann", 40)
-    assert await quota.app.quota_write_back("acme", "q", dry_run=False) == (1, 1)
+    assert await quota_write_back(quota.app, "acme", "q", dry_run=False) == (1, 1)
     assert await quota.app.db.fetchval("select used from quota") == 170
 
 
@@ -199,7 +200,7 @@ async def test_a_write_back_by_hand_sets_nothing_that_it_cannot_read(quota: Quot
     await quota.sync()
     await quota.redis.execute_command("ACL", "SETUSER", "default", "-scan")
     with pytest.raises(UpstreamUnavailableError, match="acme/q"):
-        await quota.app.quota_write_back("acme", "q", dry_run=False)
+        await quota_write_back(quota.app, "acme", "q", dry_run=False)
     assert await quota.values() == {"quota:ann": "130"}
 
 

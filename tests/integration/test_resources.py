@@ -12,7 +12,8 @@ import anyio
 import msgspec
 import pytest
 
-from daemon.app import App, NewConnection, SyncReport, open_app
+from daemon.app import App, NewConnection, open_app
+from daemon.by_hand import SyncReport, sync_resources, work_off_resources
 from daemon.config import load
 from daemon.db import resources as store
 from daemon.db.pool import Database
@@ -62,7 +63,7 @@ class Place:
         return self.app.db
 
     async def sync(self) -> SyncReport:
-        return await self.app.sync_resources(None, None)
+        return await sync_resources(self.app, None, None)
 
     async def list_only(self) -> list[Job]:
         """List, and claim what that leaves to be read."""
@@ -930,6 +931,6 @@ async def test_a_sync_tells_of_batches_that_came_to_no_end(place: Place) -> None
     await place.app.jobs.settle([Settlement(job, Discarded("lost for good"), 0) for job in jobs[1:]])
     await place.app.jobs.release(jobs[:1])
     await place.db.execute("update connection set open_job = null")
-    await place.app._work_off_resources([place.connection])
+    await work_off_resources(place.app, [place.connection])
     runs = await place.app.resource_runs(None, None)
     assert [(run.batches, run.batches_done) for run in runs] == [(len(jobs), 1)]
