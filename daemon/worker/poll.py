@@ -123,6 +123,15 @@ class PollDeps:
     settings: PollSettings
     monotonic: Callable[[], float]
 
+    def caller(self, connection: Connection, http: Http | None = None) -> CountingCaller:
+        """A connection's door to its provider, for one job.
+
+        Args:
+            http: in place of the process's own door.
+        """
+        org = connection.org_id or f"connection-{connection.id}"
+        return CountingCaller(http or self.http, self.governor, connection.target, org, self.settings.retry)
+
 
 class _Context(NamedTuple):
     """What the reads of one connection share."""
@@ -271,8 +280,7 @@ async def _take_turn(
     elif item.problem is not None:
         problem = str(item.problem)
     elif poller is not None:
-        org = connection.org_id or f"connection-{connection.id}"
-        caller = CountingCaller(deps.http, deps.governor, connection.target, org, deps.settings.retry)
+        caller = deps.caller(connection)
         context = _Context(deps, order, connection, poller, caller, now, outbox, turn)
         try:
             with anyio.CancelScope(deadline=deadline):

@@ -28,7 +28,6 @@ from daemon.domain.overlap import Gateway
 from daemon.domain.ports import Caller
 from daemon.domain.window import Window
 from daemon.queue.postgres import PostgresQueue
-from daemon.worker.caller import CountingCaller
 from daemon.worker.poll import PollDeps, grains_of
 
 QUOTA_DRIFT = "quota_drift"
@@ -138,15 +137,10 @@ async def run_drift(job: Job, deps: QuotaDeps) -> Outcome:
     connection = await _connection(deps, ConnectionId(order.connection))
     if connection is None or connection.state in ("paused", "archived"):
         return Completed(note="the source is not synced any more")
-    return Completed(note=await settle_drift(deps, connection))
-
-
-async def settle_drift(deps: QuotaDeps, connection: Connection) -> str:
-    """What `run_drift` does, for a connection that is loaded. Returns what came of it, in words."""
     settings = connection.target.settings
     stream = await deps.store.stream_of(connection.id)
     if stream is None or Measure.of(settings) is None:
-        return "nothing to compare"
+        return Completed(note="nothing to compare")
     counters, counted, booked, written = 0, Decimal(0), Decimal(0), 0
     async for lines in compare(deps, connection, stream):
         known = [line for line in lines if line.booked is not None]
@@ -165,7 +159,7 @@ async def settle_drift(deps: QuotaDeps, connection: Connection) -> str:
         drift=counted - booked,
         written=written,
     )
-    return f"{counters} counters compared, {written} written back"
+    return Completed(note=f"{counters} counters compared, {written} written back")
 
 
 async def compare(deps: QuotaDeps, connection: Connection, stream: StreamId) -> AsyncIterator[list[Drift]]:
@@ -200,7 +194,7 @@ class _Sums:
     def __init__(self, deps: QuotaDeps, measure: Measure) -> None:
         self._deps = deps
         self._measure = measure
-        self._known: dict[Window | None, dict[tuple[str, str], Decimal]] = {}
+        self._known: dict[Window, dict[tuple[str, str], Decimal]] = {}
 
     async def of(self, window: Window, counter: Standing) -> Decimal | None:
         if window not in self._known:
@@ -248,6 +242,7 @@ async def write_back(deps: QuotaDeps, connection: Connection, stream: StreamId, 
     it was. Where one has written meanwhile, it may have met either value: the counters stay marked for the next one.
     """
     wanted = {line.key: value for line in lines if (value := settable(line)) is not None}
+    setter = cast("Setter", deps.poll.pollers[connection.provider])
     count, keys = 0, list(wanted)
     for at in range(0, len(keys), WRITE_MAX):
         values = {key: wanted[key] for key in keys[at : at + WRITE_MAX]}
@@ -256,15 +251,7 @@ async def write_back(deps: QuotaDeps, connection: Connection, stream: StreamId, 
             await ledger.lock_streams(tx, [stream])
             await ledger.raise_fences(tx, {stream: seq})
             await deps.store.mark(tx, stream, values)
-        caller = CountingCaller(
-            deps.poll.http,
-            deps.poll.governor,
-            connection.target,
-            connection.org_id or f"connection-{connection.id}",
-            deps.poll.settings.retry,
-        )
-        setter = cast("Setter", deps.poll.pollers[connection.provider])
-        written = await setter.write(connection.target, values, caller)
+        written = await setter.write(connection.target, values, deps.poll.caller(connection))
         count += len(written)
         after = await deps.poll.seqs.next()
         async with deps.db.transaction() as tx:

@@ -55,7 +55,7 @@ from daemon.queue.burial import bury, mourn
 from daemon.queue.postgres import PostgresQueue
 from daemon.sinks.ledger import Effect, Lot
 from daemon.telemetry.traces import span
-from daemon.worker.caller import CountingCaller, Http
+from daemon.worker.caller import Http
 from daemon.worker.failures import as_one_error
 from daemon.worker.poll import (
     BUDGET_RATIO,
@@ -347,9 +347,9 @@ class _Batch:
         self._spec = spec
         self._deps = deps
         self._concurrency = share.concurrency
-        http = deps.http if share.per_second is None else _Paced(deps.http, share.per_second)
-        org = connection.org_id or f"connection-{connection.id}"
-        self._caller = CountingCaller(http, deps.governor, connection.target, org, deps.settings.retry)
+        self._caller = deps.caller(
+            connection, None if share.per_second is None else _Paced(deps.http, share.per_second)
+        )
         self._reader = Reader(spec, connection.target, self._caller, exits)
         self._began = deps.monotonic()
         self._seq = 0
