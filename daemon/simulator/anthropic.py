@@ -58,45 +58,40 @@ _COST_ORDERS = ("amount", "list_amount", "time")
 _LISTING = ("limit", "after_id", "before_id")
 
 
-def answer(world: World, request: Request) -> Reply:
+def answer(world: World, request: Request, headers: Headers) -> Reply:
     """One request below `/v1/organizations/`."""
     request_id = "req_" + token(request.path, request.query, world.clock.now())
-    headers: Headers = [("request-id", request_id)]
-    try:
-        org = _authenticate(world, request)
-        headers.append(("anthropic-organization-id", org.cast.org_uuid))
-        if "anthropic-version" not in request.headers:
-            raise _invalid("anthropic-version: header is required")
-        if request.method != "GET":
-            raise RefusedError(405, "invalid_request_error", "Method Not Allowed")
-        betas = {beta.strip() for beta in request.headers.get("anthropic-beta", "").split(",")}
-        query = Query(request.query)
-        match request.path.removeprefix(PREFIX).strip("/").split("/"):
-            case ["me"]:
-                me = {"id": org.cast.org_uuid, "type": "organization", "name": "Simulated " + org.cast.org_uuid[:8]}
-                return Reply(headers=headers, body=encode(me))
-            case ["users"]:
-                return Reply(headers=headers, body=encode(_users(org, query)))
-            case ["workspaces"]:
-                return Reply(headers=headers, body=encode(_workspaces(org, query)))
-            case ["api_keys"]:
-                return Reply(headers=headers, body=encode(_api_keys(org, query)))
-            case ["usage_report", "messages"]:
-                return Reply(headers=headers, page=_messages(org, query, betas))
-            case ["usage_report", "claude_code"]:
-                return Reply(headers=headers, page=_claude_code(org, query))
-            case ["cost_report"]:
-                return Reply(headers=headers, page=_cost_report(org, query))
-            case ["analytics", "usage" | "cost" as name]:
-                if ANALYTICS_BETA not in betas:
-                    raise _invalid(f"This endpoint is in beta: send `anthropic-beta: {ANALYTICS_BETA}`.")
-                return Reply(headers=headers, page=_analytics(org, "messages" if name == "usage" else "cost", query))
-            case _:
-                raise RefusedError(404, "not_found_error", "Not Found")
-    except RefusedError as refused:
-        reply = Reply(refused.status, headers=headers)
-        reply.body = error_body(refused, reply)
-        return reply
+    headers += [("request-id", request_id)]
+    org = _authenticate(world, request)
+    headers.append(("anthropic-organization-id", org.cast.org_uuid))
+    if "anthropic-version" not in request.headers:
+        raise _invalid("anthropic-version: header is required")
+    if request.method != "GET":
+        raise RefusedError(405, "invalid_request_error", "Method Not Allowed")
+    betas = {beta.strip() for beta in request.headers.get("anthropic-beta", "").split(",")}
+    query = Query(request.query)
+    match request.path.removeprefix(PREFIX).strip("/").split("/"):
+        case ["me"]:
+            me = {"id": org.cast.org_uuid, "type": "organization", "name": "Simulated " + org.cast.org_uuid[:8]}
+            return Reply(headers=headers, body=encode(me))
+        case ["users"]:
+            return Reply(headers=headers, body=encode(_users(org, query)))
+        case ["workspaces"]:
+            return Reply(headers=headers, body=encode(_workspaces(org, query)))
+        case ["api_keys"]:
+            return Reply(headers=headers, body=encode(_api_keys(org, query)))
+        case ["usage_report", "messages"]:
+            return Reply(headers=headers, page=_messages(org, query, betas))
+        case ["usage_report", "claude_code"]:
+            return Reply(headers=headers, page=_claude_code(org, query))
+        case ["cost_report"]:
+            return Reply(headers=headers, page=_cost_report(org, query))
+        case ["analytics", "usage" | "cost" as name]:
+            if ANALYTICS_BETA not in betas:
+                raise _invalid(f"This endpoint is in beta: send `anthropic-beta: {ANALYTICS_BETA}`.")
+            return Reply(headers=headers, page=_analytics(org, "messages" if name == "usage" else "cost", query))
+        case _:
+            raise RefusedError(404, "not_found_error", "Not Found")
 
 
 def error_body(refused: RefusedError, reply: Reply) -> bytes:

@@ -100,43 +100,36 @@ def charge(source: str, event: Event, _: Profile) -> Iterator[Event]:
     yield Event(event.at, event.visible_at, dims, (event.counts[0], event.counts[-1]))
 
 
-def answer(world: World, request: Request) -> Reply:
+def answer(world: World, request: Request, headers: Headers) -> Reply:
     """One request. Liveness needs no key."""
-    headers: Headers = [
-        ("x-litellm-call-id", uuid_of(token(request.path, request.query, world.clock.now(), length=64)))
-    ]
+    headers += [("x-litellm-call-id", uuid_of(token(request.path, request.query, world.clock.now(), length=64)))]
     parts = request.path.strip("/").split("/")
-    try:
-        if request.method != "GET":
-            raise _detail(405, "Method Not Allowed")
-        match parts:
-            case ["health", "liveliness" | "liveness"]:
-                return Reply(headers=headers, body=encode("I'm alive!"))
-            case ["health", "readiness"]:
-                return Reply(headers=headers, body=encode({"status": "healthy", "db": "connected"}))
-        org = _authenticate(world, request, parts)
-        query = Query(request.query)
-        match parts:
-            case ["spend", "logs", "v2" | "ui" as route]:
-                return Reply(headers=headers, page=_logs(org, query, is_v2=route == "v2"))
-            case ["user", "daily", "activity"]:
-                body: object = _daily_activity(org, query)
-            case ["key", "list"]:
-                body = _keys(org, query)
-            case ["user", "list"]:
-                body = _users(org, query)
-            case ["team", "list"]:
-                query.only(("user_id", "organization_id"))
-                body = _teams(org)
-            case ["v2", "team", "list"]:
-                body = _team_pages(org, query)
-            case _:
-                raise _detail(404, "Not Found")
-        return Reply(headers=headers, body=encode(body))
-    except RefusedError as refused:
-        reply = Reply(refused.status, headers=headers)
-        reply.body = error_body(refused, reply)
-        return reply
+    if request.method != "GET":
+        raise _detail(405, "Method Not Allowed")
+    match parts:
+        case ["health", "liveliness" | "liveness"]:
+            return Reply(headers=headers, body=encode("I'm alive!"))
+        case ["health", "readiness"]:
+            return Reply(headers=headers, body=encode({"status": "healthy", "db": "connected"}))
+    org = _authenticate(world, request, parts)
+    query = Query(request.query)
+    match parts:
+        case ["spend", "logs", "v2" | "ui" as route]:
+            return Reply(headers=headers, page=_logs(org, query, is_v2=route == "v2"))
+        case ["user", "daily", "activity"]:
+            body: object = _daily_activity(org, query)
+        case ["key", "list"]:
+            body = _keys(org, query)
+        case ["user", "list"]:
+            body = _users(org, query)
+        case ["team", "list"]:
+            query.only(("user_id", "organization_id"))
+            body = _teams(org)
+        case ["v2", "team", "list"]:
+            body = _team_pages(org, query)
+        case _:
+            raise _detail(404, "Not Found")
+    return Reply(headers=headers, body=encode(body))
 
 
 def error_body(refused: RefusedError, _: Reply) -> bytes:

@@ -58,34 +58,29 @@ _OPTIONAL_TOKENS = (
 )  # fmt: skip
 
 
-def answer(world: World, request: Request) -> Reply:
+def answer(world: World, request: Request, headers: Headers) -> Reply:
     """One request below `/v1/organization/`."""
-    headers: Headers = [("x-request-id", "req_" + token(request.path, request.query, world.clock.now(), length=32))]
-    try:
-        org = _authenticate(world, request)
-        headers.append(("openai-organization", org.cast.org_id))
-        if request.method != "GET":
-            raise RefusedError(405, "invalid_request_error", f"Not allowed to {request.method} here.")
-        parts = request.path.removeprefix(PREFIX).strip("/").split("/")
-        query = Query(request.query)
-        match parts:
-            case ["usage", name] if name in OPENAI and not OPENAI[name].is_cost:
-                page = _report(org, OPENAI[name], query)
-            case ["costs"]:
-                page = _report(org, OPENAI["costs"], query)
-            case ["projects"]:
-                return Reply(headers=headers, body=encode(_projects(org, query)))
-            case ["users"]:
-                return Reply(headers=headers, body=encode(_users(org, query)))
-            case ["projects", project, "api_keys"] if project in org.cast.projects:
-                return Reply(headers=headers, body=encode(_keys(org, project, query)))
-            case _:
-                raise RefusedError(404, "invalid_request_error", f"Unknown request URL: GET {request.path}.")
-        return Reply(headers=headers, page=page)
-    except RefusedError as refused:
-        reply = Reply(refused.status, headers=headers)
-        reply.body = error_body(refused, reply)
-        return reply
+    headers += [("x-request-id", "req_" + token(request.path, request.query, world.clock.now(), length=32))]
+    org = _authenticate(world, request)
+    headers.append(("openai-organization", org.cast.org_id))
+    if request.method != "GET":
+        raise RefusedError(405, "invalid_request_error", f"Not allowed to {request.method} here.")
+    parts = request.path.removeprefix(PREFIX).strip("/").split("/")
+    query = Query(request.query)
+    match parts:
+        case ["usage", name] if name in OPENAI and not OPENAI[name].is_cost:
+            page = _report(org, OPENAI[name], query)
+        case ["costs"]:
+            page = _report(org, OPENAI["costs"], query)
+        case ["projects"]:
+            return Reply(headers=headers, body=encode(_projects(org, query)))
+        case ["users"]:
+            return Reply(headers=headers, body=encode(_users(org, query)))
+        case ["projects", project, "api_keys"] if project in org.cast.projects:
+            return Reply(headers=headers, body=encode(_keys(org, project, query)))
+        case _:
+            raise RefusedError(404, "invalid_request_error", f"Unknown request URL: GET {request.path}.")
+    return Reply(headers=headers, page=page)
 
 
 def error_body(refused: RefusedError, _: Reply) -> bytes:

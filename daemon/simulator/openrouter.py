@@ -101,40 +101,35 @@ def _upstream(dims: Dims) -> str | None:
     return known.get(served_by or "", (served_by or "").lower() or None)
 
 
-def answer(world: World, request: Request) -> Reply:
+def answer(world: World, request: Request, headers: Headers) -> Reply:
     """One request below `/api/v1/`."""
-    headers: Headers = [("x-request-id", token(request.path, request.query, world.clock.now(), length=32))]
-    try:
-        key = bearer(request)
-        if not key.startswith("sk-or-v1-"):
-            raise _refused(401, "Missing Authentication header" if not key else "User not found.")
-        org = world.org(VENDOR, key)
-        if request.method != "GET":
-            raise _refused(405, "Method Not Allowed")
-        parts = request.path.removeprefix(PREFIX).strip("/").split("/")
-        if parts != ["key"] and not _manages(key):
-            raise _refused(403, "Only management keys can perform this operation")
-        query = Query(request.query)
-        match parts:
-            case ["activity"]:
-                return Reply(headers=headers, page=Page(org, {"data": _activity(org, query)}))
-            case ["credits"]:
-                body: object = _credits(org, query)
-            case ["key"]:
-                body = _current_key(org, query)
-            case ["keys"]:
-                body = {"data": _keys(org, query)}
-            case ["keys", digest]:
-                body = _key(org, digest)
-            case ["workspaces"]:
-                body = _workspaces(org, query)
-            case _:
-                raise _refused(404, "Not Found")
-        return Reply(headers=headers, body=encode(body))
-    except RefusedError as refused:
-        reply = Reply(refused.status, headers=headers)
-        reply.body = error_body(refused, reply)
-        return reply
+    headers += [("x-request-id", token(request.path, request.query, world.clock.now(), length=32))]
+    key = bearer(request)
+    if not key.startswith("sk-or-v1-"):
+        raise _refused(401, "Missing Authentication header" if not key else "User not found.")
+    org = world.org(VENDOR, key)
+    if request.method != "GET":
+        raise _refused(405, "Method Not Allowed")
+    parts = request.path.removeprefix(PREFIX).strip("/").split("/")
+    if parts != ["key"] and not _manages(key):
+        raise _refused(403, "Only management keys can perform this operation")
+    query = Query(request.query)
+    match parts:
+        case ["activity"]:
+            return Reply(headers=headers, page=Page(org, {"data": _activity(org, query)}))
+        case ["credits"]:
+            body: object = _credits(org, query)
+        case ["key"]:
+            body = _current_key(org, query)
+        case ["keys"]:
+            body = {"data": _keys(org, query)}
+        case ["keys", digest]:
+            body = _key(org, digest)
+        case ["workspaces"]:
+            body = _workspaces(org, query)
+        case _:
+            raise _refused(404, "Not Found")
+    return Reply(headers=headers, body=encode(body))
 
 
 def error_body(refused: RefusedError, _: Reply) -> bytes:

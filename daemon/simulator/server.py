@@ -41,7 +41,7 @@ class Simulator:
             if not plain.startswith(service.prefixes):
                 continue
             asked = Request(request.method, plain, request.query, request.headers, request.body)
-            reply = service.answer(self.world, asked)
+            reply = service.respond(self.world, asked)
             key = request.headers.get("x-api-key", "") or bearer(request)
             self.faults.harm(service, key, asked, reply, self.world.clock.now())
             self.requests[plain] += 1

@@ -118,14 +118,23 @@ class Service:
 
     Attributes:
         prefixes: what the paths of its API begin with.
-        answer: one request below them.
+        answer: one request below them; it adds the headers that each answer has to those that it is given.
         error_body: an error as this provider writes it.
     """
 
     vendor: Vendor
     prefixes: tuple[str, ...]
-    answer: Callable[[World, Request], Reply]
+    answer: Callable[[World, Request, Headers], Reply]
     error_body: Callable[[RefusedError, Reply], bytes]
+
+    def respond(self, world: World, request: Request) -> Reply:
+        headers: Headers = []
+        try:
+            return self.answer(world, request, headers)
+        except RefusedError as refused:
+            reply = Reply(refused.status, headers=headers)
+            reply.body = self.error_body(refused, reply)
+            return reply
 
 
 def encode(body: object) -> bytes:
