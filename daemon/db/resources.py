@@ -12,6 +12,7 @@ from daemon.domain.job import JobId
 
 _TAKE = query("resource_take")
 _HAND_OUT = query("resource_hand_out")
+_BEGIN_RUN = query("resource_begin_run")
 _NOTE_LISTED = query("resource_note_listed")
 _ENDED = query("resource_ended")
 _MISSING = query("resource_missing")
@@ -181,7 +182,9 @@ async def hand_out(tx: Session, handed: Sequence[Handed]) -> None:
 
 
 async def note_listed(tx: Session, noted: Sequence[Noted]) -> None:
-    await tx.execute(_NOTE_LISTED, *_columns(noted, 8))
+    streams, tenants, seqs, wholes, *figures = _columns(noted, 8)
+    await tx.execute(_BEGIN_RUN, streams, tenants, seqs, wholes)
+    await tx.execute(_NOTE_LISTED, streams, *figures)
 
 
 async def ended(tx: Session, ends: Mapping[StreamId, int]) -> list[Ended]:
@@ -207,7 +210,8 @@ async def tidy_batches(tx: Session, streams: Iterable[StreamId]) -> None:
 
 
 async def end_run(tx: Session, end: Ended, seq: int, gone: int, withheld: int) -> None:
-    await tx.execute(_END_RUN, end.stream, end.tenant, seq, end.is_whole, gone, withheld)
+    await tx.execute(_BEGIN_RUN, [end.stream], [end.tenant], [seq], [end.is_whole])
+    await tx.execute(_END_RUN, end.stream, gone, withheld)
 
 
 async def stored_ids(tx: Session, stream: StreamId, seq: int, after: str, limit: int) -> list[str]:

@@ -34,23 +34,21 @@ with batch as (
 )
 update resource_fence f set job_id = m.job_id from mine m where f.stream_id = m.stream_id and f.id = m.id
 
--- name: resource_note_listed
-insert into resource_run as r (stream_id, tenant_id, seq, is_whole, listed, unchanged, batches, calls_saved)
-select * from unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::boolean[], $5::int[], $6::int[], $7::int[], $8::int[])
+-- name: resource_begin_run
+-- With the first word of a listing the figures of the one before are over.
+insert into resource_run as r (stream_id, tenant_id, seq, is_whole)
+select * from unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::boolean[])
 on conflict (stream_id) do update set
-  seq = excluded.seq, is_whole = excluded.is_whole,
-  began_at = case when r.seq = excluded.seq then r.began_at else now() end,
-  ended_at = case when r.seq = excluded.seq then r.ended_at end,
-  listed = excluded.listed + case when r.seq = excluded.seq then r.listed else 0 end,
-  unchanged = excluded.unchanged + case when r.seq = excluded.seq then r.unchanged else 0 end,
-  batches = excluded.batches + case when r.seq = excluded.seq then r.batches else 0 end,
-  calls_saved = excluded.calls_saved + case when r.seq = excluded.seq then r.calls_saved else 0 end,
-  changed = case when r.seq = excluded.seq then r.changed else 0 end,
-  failed = case when r.seq = excluded.seq then r.failed else 0 end,
-  gone = case when r.seq = excluded.seq then r.gone else 0 end,
-  withheld = case when r.seq = excluded.seq then r.withheld else 0 end,
-  calls = case when r.seq = excluded.seq then r.calls else 0 end,
-  batches_done = case when r.seq = excluded.seq then r.batches_done else 0 end
+  seq = excluded.seq, is_whole = excluded.is_whole, began_at = now(), ended_at = null, listed = 0, unchanged = 0,
+  changed = 0, failed = 0, gone = 0, calls = 0, calls_saved = 0, batches = 0, batches_done = 0
+where r.seq <> excluded.seq
+
+-- name: resource_note_listed
+update resource_run r set listed = r.listed + g.listed, unchanged = r.unchanged + g.unchanged,
+  batches = r.batches + g.batches, calls_saved = r.calls_saved + g.calls_saved
+from unnest($1::bigint[], $2::int[], $3::int[], $4::int[], $5::int[])
+  as g(stream_id, listed, unchanged, batches, calls_saved)
+where r.stream_id = g.stream_id
 
 -- name: resource_ended
 -- A listing without any item has noted nothing. What it was to hold, the settings tell.
@@ -92,21 +90,9 @@ delete from resource_batch b where b.stream_id = any($1::bigint[]) and not exist
   union all select from lease where id = b.job_id)
 
 -- name: resource_end_run
-insert into resource_run as r (stream_id, tenant_id, seq, is_whole, whole_seq, ended_at, gone, withheld)
-select * from (select $1::bigint, $2::bigint, $3::bigint, $4::boolean, case when $4 then $3 else 0 end, now(), $5::int, $6::int) g
-on conflict (stream_id) do update set
-  seq = excluded.seq, is_whole = excluded.is_whole, ended_at = excluded.ended_at, withheld = excluded.withheld,
-  whole_seq = case when excluded.is_whole then excluded.seq else r.whole_seq end,
-  began_at = case when r.seq = excluded.seq then r.began_at else now() end,
-  gone = excluded.gone + case when r.seq = excluded.seq then r.gone else 0 end,
-  listed = case when r.seq = excluded.seq then r.listed else 0 end,
-  unchanged = case when r.seq = excluded.seq then r.unchanged else 0 end,
-  changed = case when r.seq = excluded.seq then r.changed else 0 end,
-  failed = case when r.seq = excluded.seq then r.failed else 0 end,
-  calls = case when r.seq = excluded.seq then r.calls else 0 end,
-  calls_saved = case when r.seq = excluded.seq then r.calls_saved else 0 end,
-  batches = case when r.seq = excluded.seq then r.batches else 0 end,
-  batches_done = case when r.seq = excluded.seq then r.batches_done else 0 end
+update resource_run set whole_seq = case when is_whole then seq else whole_seq end, ended_at = now(), gone = gone + $2,
+  withheld = $3
+where stream_id = $1
 
 -- name: resource_stored_ids
 -- What is stored and still there, where the API cannot list; the newest listing of ids did not name these.
