@@ -198,7 +198,7 @@ async def test_an_older_backup_catches_up_with_the_provider(
         await books.sim.grow("openai", "o", 30)
         await books.play("o", "correction_down", bucket=rfc3339(midnight(2)))
         await books.play("o", "late_arrival", bucket=rfc3339(midnight(1)))
-        await books.play("o", "correction_up", bucket=rfc3339(midnight(9)))
+        await books.play("o", "correction_up", bucket=rfc3339(midnight(10)))
         await books.poll(full=True)
         sums = await books.assert_equal()
     await restore(elsewhere, target_url, file)
