@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -28,6 +29,10 @@ FAST = {
 }  # fmt: skip
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES_MIN = 4 << 30
+
+# Hundreds of processes start here: where no bytecode may be kept, each of them compiles all it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 settings.register_profile("untimed", deadline=None)  # how fast an example runs says more about the machine
