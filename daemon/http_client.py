@@ -7,11 +7,13 @@ itself rewrites URLs, shares cookies between tenants and follows redirects. `Aio
 from __future__ import annotations
 
 import contextlib
+import os
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
 from types import TracebackType
 from typing import Self
 from urllib.parse import quote
@@ -77,15 +79,19 @@ class HttpSettings:
 
 
 def ssl_context(settings: HttpSettings) -> ssl.SSLContext:
-    """The trusted roots. Raises ConfigError for a bundle that cannot be read."""
+    """The trusted roots, read once a process. Raises ConfigError for a bundle that cannot be read."""
     try:
-        if settings.ca_bundle is None:
-            return httpx.create_ssl_context(trust_env=True)
-        return ssl.create_default_context(cafile=settings.ca_bundle)
+        return _trusting(settings.ca_bundle, os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
     except OSError as error:  # ssl.SSLError is one
         raise ConfigError(
             [f"CA bundle {settings.ca_bundle or 'in SSL_CERT_FILE'}: {error.strerror or error}"]
         ) from error
+
+
+@cache
+def _trusting(bundle: str | None, cert_file: str | None, cert_dir: str | None) -> ssl.SSLContext:  # noqa: ARG001
+    """The variables are httpx's to read; here they only tell one context from another."""
+    return httpx.create_ssl_context(trust_env=True) if bundle is None else ssl.create_default_context(cafile=bundle)
 
 
 # Which of httpx's names each failure of aiohttp has, first match wins. aiohttp's classes say where in the exchange it

@@ -24,6 +24,7 @@ from daemon.simulator.server import Simulator, serve
 from daemon.simulator.world import Clock, World
 from daemon.worker.caller import RetrySettings
 from daemon.worker.poll import PollSettings
+from tests.http_kit import local_client
 from tests.ledger_kit import assert_laws
 
 SECRET_KEY = base64.b64encode(b"k" * 32).decode()
@@ -122,7 +123,7 @@ async def simulator_here(*, frozen: bool = False) -> AsyncIterator[Sim]:
 
 @asynccontextmanager
 async def open_sim(url: str) -> AsyncIterator[Sim]:
-    async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+    async with local_client(base_url=url, timeout=20) as client:
         yield Sim(client)
 
 

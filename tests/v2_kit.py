@@ -24,6 +24,7 @@ from daemon.queue.schedules import Schedules
 from daemon.web.server import Listener, bind
 from daemon.web.v2.app import V2
 from daemon.web.v2.services import Services
+from tests.http_kit import local_client
 from tests.push_kit import Pushing, open_pushing
 
 
@@ -96,7 +97,7 @@ async def open_api(database_url: str, *, bytes_max: int = 64 << 20, **settings: 
         headers = {"Authorization": f"Bearer {token.reveal()}"}
         async with anyio.create_task_group() as group:
             group.start_soon(listener.run)
-            async with httpx.AsyncClient(base_url=listener.url, headers=headers, timeout=20) as client:
+            async with local_client(base_url=listener.url, headers=headers, timeout=20) as client:
                 try:
                     yield Api(listener.url, token, pushing, client, sdk, schedules, v2)
                 finally:

@@ -22,6 +22,7 @@ from daemon.queue.postgres import PostgresQueue
 from daemon.triggers.qstash import Deliveries, Door
 from daemon.web.delivery import DeliverySettings, delivery_routes
 from daemon.web.server import Listener, bind, url_of
+from tests.http_kit import local_client
 from tests.qstash_stand_in import signature
 
 PUBLIC_URL = "https://tallyd.example/behind/a/proxy"
@@ -122,7 +123,7 @@ async def open_web(
     listener = Listener(bound, delivery_routes(door, deliveries, limits))
     async with anyio.create_task_group() as group:
         group.start_soon(listener.run)
-        async with httpx.AsyncClient(base_url=listener.url, timeout=20) as client:
+        async with local_client(base_url=listener.url, timeout=20) as client:
             yield Web(listener.url, db, queue, client, slept)
         await listener.stop()
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
-import httpx
 import pytest
 
 from daemon.domain.connection import Secret, Target
@@ -30,6 +29,7 @@ from daemon.pollers.openrouter import OpenRouterPoller
 from daemon.records.normalize import merge
 from daemon.simulator.server import Simulator, serve
 from daemon.simulator.world import Clock, World
+from tests.http_kit import local_client
 
 pytestmark = pytest.mark.anyio
 
@@ -72,7 +72,7 @@ class Bench:
     settings: dict = field(default_factory=dict)
 
     async def control(self, method: str, path: str, **asked):
-        async with httpx.AsyncClient(base_url=self.url, trust_env=False) as http:
+        async with local_client(base_url=self.url) as http:
             answer = await http.request(method, f"/_sim/{path}", **asked)
         assert answer.status_code == 200, answer.text
         return answer.json()
@@ -246,7 +246,7 @@ async def test_truth_survives_what_providers_do(bench, provider, source, shape):
     asked = {"provider": provider, "key": KEYS[provider], **shape}
     if shape["action"] == "attribute":
         asked |= {"dim": "team_id"} if provider == "litellm" else {}
-    async with httpx.AsyncClient(base_url=bench.url, trust_env=False) as http:
+    async with local_client(base_url=bench.url) as http:
         answer = await http.post("/_sim/scenario", json=asked)
     assert answer.status_code == 200, answer.text
     snapshot = await bench.fetch(provider, source, {})

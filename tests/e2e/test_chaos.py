@@ -267,6 +267,7 @@ async def test_nothing_is_lost_and_nothing_is_booked_twice(
             "hash(timestamp, provider, amount), USD": f"{wrong} ({wrong / truth:.2f} x)",
         }
         print("\n".join(f"  {name:40} {value}" for name, value in table.items()))  # noqa: T201
-        assert wrong > truth * Decimal("1.5"), "the number as identity books every intermediate state"
+        # By how much is a matter of how often it looked between two changes, which is the machine's.
+        assert wrong > truth, "the number as identity books every intermediate state"
     finally:
         await db.close()

@@ -18,7 +18,6 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
-import httpx
 import pytest
 from qstash import AsyncQStash, Receiver
 from qstash.errors import QStashError
@@ -27,6 +26,7 @@ from daemon.db import embedded
 from daemon.domain.dev import DEV_ACCOUNTS
 from tests.books_kit import until
 from tests.e2e.conftest import COMMAND_S, Result
+from tests.http_kit import local_client
 from tests.push_kit import Endpoint, Reply, open_endpoint
 
 pytestmark = pytest.mark.anyio
@@ -170,7 +170,7 @@ async def test_every_public_user_is_let_in(shell: Shell) -> None:
     dev = await shell.dev()
     for account in DEV_ACCOUNTS:
         assert await dev.keys(account.token) == (account.keys.current, account.keys.next)
-    async with httpx.AsyncClient(base_url=dev.url) as client:
+    async with local_client(base_url=dev.url) as client:
         assert (await client.get("/v2/keys", headers={"Authorization": "Bearer other"})).status_code == 401
     # Another start knows them as everybody does.
     async with dev.client() as client:
@@ -266,7 +266,7 @@ async def test_production_never_lets_public_tokens_in(shell: Shell) -> None:
         while not url:
             line = json.loads(await anyio.to_thread.run_sync(process.stderr.readline))
             url = line.get("listens", {}).get("listen", "")
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with local_client(base_url=url) as client:
 
         async def status(token: str) -> int:
             headers = {"Authorization": f"Bearer {token}"}

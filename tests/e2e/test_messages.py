@@ -15,6 +15,7 @@ from daemon.db.pool import Database
 from tests.books_kit import until
 from tests.e2e.conftest import Replica, Tallyd
 from tests.e2e.test_triggers import url_of
+from tests.http_kit import local_client
 from tests.push_kit import Endpoint, Reply, open_endpoint
 
 pytestmark = pytest.mark.anyio
@@ -39,7 +40,7 @@ async def db(database_url: str) -> AsyncIterator[Database]:
 
 async def client_of(tallyd: Tallyd, replica: Replica) -> httpx.AsyncClient:
     token = (await tallyd("tokens", "add", f"t{len(tallyd.replicas)}", "--json")).json["token"]
-    return httpx.AsyncClient(base_url=await url_of(replica), headers={"Authorization": f"Bearer {token}"}, timeout=60)
+    return local_client(base_url=await url_of(replica), headers={"Authorization": f"Bearer {token}"}, timeout=60)
 
 
 async def test_replicas_killed_while_they_deliver_lose_nothing(

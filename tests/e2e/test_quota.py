@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from daemon.db.pool import Database
 from tests.books_kit import until
 from tests.e2e.conftest import Replica, Result, Tallyd
+from tests.http_kit import local_client
 from tests.ledger_kit import assert_laws
 from tests.qstash_stand_in import signature
 from tests.valkey_kit import open_valkey
@@ -134,7 +135,7 @@ async def url_of(replica: Replica) -> str:
 
 async def deliver(url: str, route: str, message: str, body: bytes = b"{}") -> httpx.Response:
     headers = {"upstash-signature": signature(PUBLIC_URL + route, body, key=CURRENT), "upstash-message-id": message}
-    async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+    async with local_client(base_url=url, timeout=20) as client:
         return await client.post(route, content=body, headers=headers)
 
 
@@ -150,7 +151,7 @@ async def test_signed_delivery_syncs_and_an_unsigned_one_does_not(
     await db.execute("update connection set next_due_at = now() + interval '1 day'")
     replica = tallyd.run(**SIGNED)
     url = await url_of(replica)
-    async with httpx.AsyncClient(base_url=url) as client:
+    async with local_client(base_url=url) as client:
         assert (await client.post(QUOTA, content=b"{}")).status_code == 401
     for route, more in ((QUOTA, 0), (QUOTA_ALIAS, 7)):
         await redis.incrby("quota:u1", more)

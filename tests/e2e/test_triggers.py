@@ -17,7 +17,6 @@ from typing import Any
 
 import anyio
 import asyncpg
-import httpx
 import pytest
 
 from daemon.db.pool import Database
@@ -26,6 +25,7 @@ from tests.books_kit import Sim, assert_books_equal_truth, open_sim, until
 from tests.conftest import in_database
 from tests.e2e.conftest import Replica, Tallyd
 from tests.e2e.test_daemon import EACH_TICK, add, connections
+from tests.http_kit import local_client
 from tests.ledger_kit import assert_laws
 from tests.qstash_stand_in import StandIn, open_stand_in
 
@@ -278,7 +278,7 @@ async def url_of(replica: Replica) -> str:
 
 async def test_listener_and_worker_can_be_two_processes(tallyd: Tallyd, sim: Sim, database_url: str) -> None:
     """The listener takes deliveries and runs nothing; the worker runs what it took, and takes none."""
-    async with open_stand_in() as qstash, httpx.AsyncClient() as client:
+    async with open_stand_in() as qstash, local_client() as client:
         port = free_port()
         keys = {"QSTASH_CURRENT_SIGNING_KEY": qstash.current_key, "QSTASH_NEXT_SIGNING_KEY": qstash.next_key}
         listener_at = {"TALLYD_LISTEN": f"127.0.0.1:{port}", "TALLYD_PUBLIC_URL": f"http://127.0.0.1:{port}"}
@@ -317,7 +317,7 @@ async def test_metrics_are_private_and_health_can_have_a_port_of_its_own(tallyd:
         TALLYD_LISTEN=f"0.0.0.0:{open_port}", TALLYD_LISTEN_PRIVATE=f"127.0.0.1:{private_port}",
     )  # fmt: skip
     await replica.has_logged("daemon.started")
-    async with httpx.AsyncClient() as client:
+    async with local_client() as client:
         public, private = f"http://127.0.0.1:{open_port}", f"http://127.0.0.1:{private_port}"
         assert (await client.get(f"{public}/metrics")).status_code == 404
         assert (await client.post(f"{public}/api/poll/worker")).status_code == 503
@@ -327,13 +327,13 @@ async def test_metrics_are_private_and_health_can_have_a_port_of_its_own(tallyd:
     replica.kill()
     guarded = tallyd.run(TALLYD_LISTEN=f"0.0.0.0:{open_port}")
     await guarded.has_logged("daemon.started")
-    async with httpx.AsyncClient() as client:
+    async with local_client() as client:
         assert (await client.get(f"{public}/metrics")).status_code == 403
         assert (await client.get(f"{public}/healthz")).status_code == 200
     guarded.kill()
     named = tallyd.run(TALLYD_LISTEN=f"0.0.0.0:{open_port}", TALLYD_METRICS_TOKEN="let-me-in")
     await named.has_logged("daemon.started")
-    async with httpx.AsyncClient() as client:
+    async with local_client() as client:
         assert (await client.get(f"{public}/metrics")).status_code == 401
         headers = {"authorization": "Bearer let-me-out"}
         assert (await client.get(f"{public}/metrics", headers=headers)).status_code == 401

@@ -22,6 +22,7 @@ from daemon.queue.message import MessageId, Publication, Published
 from daemon.web.v2 import app as v2_app
 from tests.books_kit import until
 from tests.conftest import in_database, run_sql
+from tests.http_kit import local_client
 from tests.push_kit import KEYRING, Endpoint
 from tests.v2_kit import Api, open_api
 
@@ -362,7 +363,7 @@ async def test_who_may_what(api: Api) -> None:
     reader = await api.token_of("acme", is_read_only=True)
     revoked = await api.token_of("revoked")
     await api.pushing.db.execute("update token set revoked_at = now() where account_id <> $1", api.pushing.account)
-    async with httpx.AsyncClient() as client:
+    async with local_client() as client:
         for authorization in (
             None, "", "Bearer", "Bearer wrong", f"Basic {api.token.reveal()}", api.token.reveal(),
             f"Bearer {api.token.reveal()}x", "Bearer a\tb", f"Bearer {revoked}", f"Bearer {'a' * 10_000}",
@@ -390,7 +391,7 @@ async def test_who_may_what(api: Api) -> None:
 async def test_a_token_in_the_query_goes_no_further(api: Api, endpoint: Endpoint) -> None:
     """Neither to the endpoint, nor into what is stored, shown or logged."""
     token = await api.token_of("webhook")
-    async with api.pushing.working(), httpx.AsyncClient() as client:
+    async with api.pushing.working(), local_client() as client:
         with structlog.testing.capture_logs() as lines:
             for name in ("qstash_token", "qstash%5ftoken"):
                 answer = await client.post(
@@ -416,7 +417,7 @@ async def test_a_token_in_the_query_goes_no_further(api: Api, endpoint: Endpoint
 
 
 async def client_of(api: Api, token: str) -> httpx.Response:
-    async with httpx.AsyncClient() as client:
+    async with local_client() as client:
         return await client.get(f"{api.url}/v2/events", params={"qstash_token": token})
 
 
@@ -431,7 +432,7 @@ async def test_what_belongs_to_another_account_is_not_there(database_url: str) -
         job = await api.pushing.db.fetchval("select id from message where labels is not null")
         before = await api.stored()
         token = await api.token_of("other")
-        async with httpx.AsyncClient(base_url=api.url, headers={"Authorization": f"Bearer {token}"}) as other:
+        async with local_client(base_url=api.url, headers={"Authorization": f"Bearer {token}"}) as other:
             for method, path in (
                 ("GET", f"messages/{mine}"), ("DELETE", f"messages/{mine}"), ("GET", "queues/q"),
                 ("POST", "queues/q/pause"), ("GET", "schedules/s"), ("DELETE", "schedules/s"),
@@ -493,7 +494,7 @@ async def test_limits_of_an_account(database_url: str) -> None:
         limits = {"queues": 1, "groups": 1, "endpoints": 2, "schedules": 1, "retries": 2, "parallelism_max": 3}
         await api.pushing.accounts.add("small", {**limits, "message_bytes": 5, "delay_s": 10, "timeout_s": 9})
         token = await api.token_of("small")
-        async with httpx.AsyncClient(base_url=api.url, headers={"Authorization": f"Bearer {token}"}) as client:
+        async with local_client(base_url=api.url, headers={"Authorization": f"Bearer {token}"}) as client:
 
             async def answers(method: str, path: str, status: int, says: str = "", **request: object) -> None:
                 before = await api.stored()

@@ -15,6 +15,7 @@ import pytest
 from daemon.domain.window import parse_rfc3339, to_epoch
 from daemon.simulator.server import Simulator, serve
 from daemon.simulator.world import Clock, World
+from tests.http_kit import local_client
 
 NOW = "2026-11-22T10:20:00Z"
 OPENAI_KEY = "sk-admin-test"
@@ -91,7 +92,7 @@ async def sim() -> AsyncIterator[Sim]:
     server, connections = await serve(simulator, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    async with httpx.AsyncClient(base_url=url, timeout=5) as client:
+    async with local_client(base_url=url, timeout=5) as client:
         yield Sim(simulator, client)
     server.close()
     for connection in list(connections):
