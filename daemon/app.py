@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -27,7 +27,7 @@ from daemon import __version__, orchestrate
 from daemon.config import Settings
 from daemon.db import embedded, migrate, names, quota, resources, streams, ticks
 from daemon.db.accounts import AccountStore
-from daemon.db.activity import Activity, read_activity
+from daemon.db.activity import OUTCOMES, Activity, read_activity
 from daemon.db.causes import Booking, Causes, Trace, TracedJob
 from daemon.db.connections import ConnectionStore, NewConnection, Rotation
 from daemon.db.figures import Figures, SourceFact
@@ -44,7 +44,7 @@ from daemon.db.insights import (
     UsageLine,
 )
 from daemon.db.names import NameSpan
-from daemon.db.overlaps import Kin, kin_of
+from daemon.db.overlaps import Kin, kin_of, labels
 from daemon.db.pool import Database
 from daemon.db.quota import QuotaLine, QuotaStore
 from daemon.db.resources import Run as ResourceRun
@@ -132,6 +132,7 @@ log = structlog.get_logger()
 
 # The commands know this module alone; what they are handed has its names here.
 __all__ = [
+    "OUTCOMES",
     "PUSH",
     "Activity",
     "Addressed",
@@ -353,6 +354,10 @@ class App:
     async def activity(self) -> Activity:
         """What happens right now."""
         return await read_activity(self.db)
+
+    async def labels_of(self, letters: Iterable[DeadLetter]) -> dict[ConnectionId, str]:
+        """TENANT/NAME of the connections that dead letters are about."""
+        return await labels(self.db, {id_ for letter in letters for id_ in letter.connections})
 
     def cost_sources(self) -> frozenset[tuple[str, str]]:
         """(provider, source) of every source that reports money itself."""

@@ -1,6 +1,6 @@
 """A REST API over a real socket, with faults, and counts of everything it was asked: `python -m tests.resource_stand_in`.
 
-GET /orders                    the list: limit, cursor | page | offset | link paging, fields, since
+GET /orders                    the list: limit, cursor | page | offset | link paging, fields, since or If-Modified-Since
 GET /orders?ids=a,b            many at once
 GET /orders/{id}               one, with ETag and Last-Modified; fields; conditional
 POST /_set?count=&changed=     make so many resources, or change every n-th of them
@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -131,8 +132,13 @@ class Api:
         self.asked["list"] += 1
         limit = int(query.get("limit", "500"))
         ids = list(self.versions)
-        if "since" in query:
-            ids = [id_ for id_ in ids if BASE_TIME + self.versions[id_] >= int(query["since"])]
+        since = int(query["since"]) if "since" in query else None
+        if "if-modified-since" in ask.headers:
+            since = int(parsedate_to_datetime(ask.headers["if-modified-since"]).timestamp())
+        if since is not None:
+            ids = [id_ for id_ in ids if BASE_TIME + self.versions[id_] >= since]
+        if not ids and "if-modified-since" in ask.headers:
+            return Answer(304)
         at = int(query.get("cursor") or query.get("offset") or 0)
         if "page" in query:
             at = (int(query["page"]) - 1) * limit

@@ -18,6 +18,7 @@ from daemon.domain.redaction import parse_redaction
 if TYPE_CHECKING:
     from daemon.app import Addressed, App, DeadDetail, DeadLetter, Letter
     from daemon.domain.account import AccountId, Limits
+    from daemon.domain.connection import ConnectionId
 
 app = typer.Typer(
     help="Dead letters: jobs and messages that trying again could not mend.", no_args_is_help=True
@@ -37,42 +38,41 @@ def list_(
 ) -> None:
     """List dead letters by id."""
 
-    async def work(a: App) -> tuple[list[DeadLetter], Mapping[JobId, Addressed]]:
+    async def work(a: App) -> tuple[list[DeadLetter], Mapping[JobId, Addressed], Mapping[ConnectionId, str]]:
         letters = await a.queue.dead_list(limit=limit, after=after)
-        return letters, await _addressed(a, letters)
+        return letters, await _addressed(a, letters), await a.labels_of(letters)
 
-    letters, addressed = with_app(work)
+    letters, addressed, labels = with_app(work)
+    shown = [_shown(letter, addressed.get(letter.id), labels) for letter in letters]
     if json:
-        print_json([_shown(letter, addressed.get(letter.id)) for letter in letters])
+        print_json(shown)
         return
-    rows = [
-        [str(x.id), x.at, x.kind, x.attempt, *([_url(addressed.get(x.id))] if addressed else []), masked(x.reason)]
-        for x in letters
-    ]
-    columns = ("id", "died_at", "kind", "attempts", *(["url"] if addressed else []), "reason")
+    columns = ["id", "died_at", "kind", "attempts", "about", "reason"]
+    rows = [[*(line[column] for column in columns[:4]), _about(line), line["reason"]] for line in shown]
     print_table(columns, rows, empty="no dead letters")
 
 
 @app.command()
 def show(job_id: Annotated[str, typer.Argument(metavar="ID", help="Id of a dead letter.")], json: Json = False) -> None:
     """Show one dead letter: its payload, every attempt's error, and what a replay would do."""
+    from daemon.app import OUTCOMES
+
     id_ = _parse_id(job_id)
 
-    async def work(a: App) -> tuple[DeadDetail | None, Addressed | None, Letter | None]:
+    async def work(a: App) -> tuple[DeadDetail, dict[str, Any], Letter | None]:
         from daemon.app import dead_name
 
         detail = await a.queue.dead_show(id_)
         if detail is None:
-            return None, None, None
+            raise UsageError("ID", f"there is no dead letter {job_id}", "see `tallyd dlq list`")
         addressed = (await _addressed(a, [detail.letter])).get(id_)
+        shown = _shown(detail.letter, addressed, await a.labels_of([detail.letter]))
         if addressed is None:
-            return detail, None, None
-        return detail, addressed, await a.letters.get(addressed.account_id, dead_name(detail.letter.at, id_))
+            return detail, shown, None
+        return detail, shown, await a.letters.get(addressed.account_id, dead_name(detail.letter.at, id_))
 
-    detail, addressed, letter = with_app(work)
-    if detail is None:
-        raise UsageError("ID", f"there is no dead letter {job_id}", "see `tallyd dlq list`")
-    shown: dict[str, Any] = {**_shown(detail.letter, addressed), "created_at": detail.created_at}
+    detail, shown, letter = with_app(work)
+    shown["created_at"] = detail.created_at
     if letter is None:
         shown["body"] = detail.body.decode("utf-8", "replace")
         replay = f"runs again as job {id_} with {detail.max_attempts} attempts; what was booked stays unchanged"
@@ -83,7 +83,7 @@ def show(job_id: Annotated[str, typer.Argument(metavar="ID", help="Id of a dead 
         {
             "at": x.at,
             "attempt": x.attempt,
-            "outcome": x.outcome,
+            "outcome": OUTCOMES[x.outcome],
             "took_ms": x.took_ms,
             "note": x.note and masked(x.note),
         }
@@ -94,6 +94,7 @@ def show(job_id: Annotated[str, typer.Argument(metavar="ID", help="Id of a dead 
         print_json(shown)
         return
     log = shown.pop("attempts_log")
+    shown["connections"] = ", ".join(shown["connections"]) or None
     rows = [[key, str(value)] for key, value in shown.items() if value is not None]
     print_table(("field", "value"), rows, empty="")
     print_table(
@@ -217,7 +218,7 @@ def _parse_id(text: str) -> JobId:
     return job
 
 
-def _shown(letter: DeadLetter, message: Addressed | None) -> dict[str, Any]:
+def _shown(letter: DeadLetter, message: Addressed | None, labels: Mapping[ConnectionId, str]) -> dict[str, Any]:
     return {
         "id": letter.id,
         "died_at": letter.at,
@@ -225,10 +226,20 @@ def _shown(letter: DeadLetter, message: Addressed | None) -> dict[str, Any]:
         "key": letter.key,
         "attempts": letter.attempt,
         "reason": masked(letter.reason),
+        "connections": [labels[id_] for id_ in letter.connections if id_ in labels],
         "account": message and message.account,
         "message_id": message and str(message.id),
         "url": _url(message),
     }
+
+
+def _about(line: Mapping[str, Any]) -> str | None:
+    """What is dead: the address of a message, else the connection, or the first of many."""
+    labels: list[str] = line["connections"]
+    if not labels:
+        url: str | None = line["url"]
+        return url
+    return labels[0] if len(labels) == 1 else f"{labels[0]} and {len(labels) - 1} more"
 
 
 def _url(message: Addressed | None) -> str | None:

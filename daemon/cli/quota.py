@@ -13,6 +13,7 @@ from daemon.cli.connections import check_kind, prove
 from daemon.cli.printing import JsonArray, note, print_json, print_json_rows, print_table
 from daemon.cli.session import with_app
 from daemon.domain.connection import Secret
+from daemon.domain.duration import parse_duration
 from daemon.domain.errors import ForbiddenError, UsageError
 from daemon.domain.job import Summary
 from daemon.domain.redis_url import parse_url, split_url
@@ -40,7 +41,7 @@ def add(
         str, typer.Option(help="redis://, rediss://, redis+sentinel://, redis+cluster:// or Upstash's https://.")
     ],
     pattern: Annotated[str, typer.Option(help="The keys, such as 'quota:{user}'.")],
-    every: Annotated[int, typer.Option(help="Seconds between two syncs.")] = 3600,
+    every: Annotated[str, typer.Option(metavar="DURATION", help="From sync to sync, such as 15m.")] = "1h",
     setting: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting; repeatable.")] = None,
     credential_env: Annotated[
         str | None,
@@ -66,7 +67,7 @@ def add(
     for name_, option in (("pattern", "--pattern"), ("every_s", "--every")):
         if name_ in settings:
             raise UsageError("--setting", f"{name_} has an option of its own", f"pass {option}")
-    settings |= {"pattern": pattern, "every_s": every}
+    settings |= {"pattern": pattern, "every_s": _every_s(every)}
     given: Secret | None = None
     if credential_env is not None or credential_file is not None or credential_stdin:
         given = read_credential(credential_env, credential_file, from_stdin=credential_stdin)
@@ -133,6 +134,7 @@ def list_(tenant: Tenant = None, name: Name = None, user: User = None, json: Jso
     _check_scope(tenant, name)
 
     async def work(a: App) -> list[QuotaLine]:
+        await _check_source(a, tenant, name)
         if json:
             with JsonArray() as array:
                 async for line in a.quotas.lines(tenant, name, user):
@@ -176,6 +178,7 @@ def history(
     _check_scope(tenant, name)
 
     async def work(a: App) -> list[dict[str, object]]:
+        await _check_source(a, tenant, name)
         return [
             {
                 "at": change.at,
@@ -267,6 +270,23 @@ def write_back(
         print(f"would set {made['differ']} counters of {label}")
     else:
         print(f"{made['written']} of {made['differ']} counters of {label} set")
+
+
+def _every_s(text: str) -> int:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        problem, _, fix = str(error).partition("; ")
+        raise UsageError("--every", problem, fix) from error
+
+
+async def _check_source(a: App, tenant: str | None, name: str | None) -> None:
+    """A source that is paused or archived has its counters still."""
+    if tenant is not None and not await a.quotas.has_source(tenant, name):
+        where = tenant if name is None else f"{tenant}/{name}"
+        raise UsageError(
+            "--tenant" if name is None else "--name", f"{where} has no quota source", "see `tallyd connections list`"
+        )
 
 
 def _check_scope(tenant: str | None, name: str | None) -> None:

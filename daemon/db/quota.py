@@ -21,6 +21,7 @@ _CHANGES = query("quota_changes")
 _COUNTERS = query("quota_counters")
 _STREAM = query("quota_stream")
 _CONNECTIONS = query("quota_connections")
+_HAS_SOURCE = query("quota_has_source")
 _MARK = query("quota_mark")
 _WRITTEN = query("quota_written")
 _NOTE_DRIFT = query("quota_note_drift")
@@ -149,6 +150,10 @@ class QuotaStore:
 
     def __init__(self, db: Database) -> None:
         self._db = db
+
+    async def has_source(self, tenant: str, name: str | None) -> bool:
+        """Whether a tenant has a source, of this name, also one that is not synced any more."""
+        return bool(await self._db.fetchval(_HAS_SOURCE, tenant, name))
 
     async def lines(
         self, tenant: str | None, name: str | None, user: str | None, *, most: int | None = None

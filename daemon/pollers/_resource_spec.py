@@ -16,10 +16,9 @@ from msgspec import Meta, Struct
 
 from daemon.domain.duration import parse_duration
 from daemon.domain.errors import UsageError
+from daemon.pollers.chain import COMMON
 
 EVERY_S_MIN = 60
-OTHERS = frozenset({"overlap"})
-"""Settings that every connection may have."""
 EXIT_CREDENTIAL = re.compile(r"TALLYD_EXIT_[A-Z0-9_]+")
 """The only variables that a file may name: another one's value must not be sent to a proxy that the file chooses."""
 
@@ -81,12 +80,18 @@ class Link(_Table, tag_field="kind", tag="link", frozen=True):
 
 
 class Since(_Table, frozen=True):
-    """The list can be asked for what changed since the newest version that was seen."""
+    """The list can be asked for what changed since the newest version that was seen; a 304 says that nothing did."""
 
-    param: Word
+    param: Word | None = None
+    header: Annotated[
+        Literal["If-Modified-Since"] | None, Meta(description="the header that takes the version, in place of param")
+    ] = None
+    http_date: Annotated[bool, Meta(description="send the version, a time, as HTTP writes times")] = False
     full_every: Lasting = "1d"
 
     def __post_init__(self) -> None:
+        if (self.param is None) == (self.header is None):
+            raise ValueError("param: is needed, or header, and not both; say which one takes the version")
         _seconds("full_every", self.full_every)
 
 
@@ -316,7 +321,7 @@ def parse_document(text: str) -> Document:
 
 def parse_settings(settings: Mapping[str, object]) -> Spec:
     """The settings of a connection, checked. Raises UsageError naming the setting and the fix."""
-    own = {name: value for name, value in settings.items() if name not in OTHERS}
+    own = {name: value for name, value in settings.items() if name not in COMMON}
     spec: Spec = _convert(own, Spec, "settings.")
     return spec
 

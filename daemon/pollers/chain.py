@@ -242,12 +242,14 @@ def check_group_by(
 
 
 def check_known(settings: Mapping[str, object], known: Sequence[str]) -> None:
-    """Raise UsageError for a setting that is not in `known`."""
+    """Raise UsageError for a setting that is not in `known`. What every connection may have is not among these."""
     for name in settings:
         if name not in known:
-            raise UsageError(f"settings.{name}", "no such setting", f"use one of {', '.join(known)}")
+            raise UsageError(f"settings.{name}", "no such setting", f"use one of {', '.join([*known, *COMMON])}")
 
 
+COMMON = ("overlap",)
+"""Settings that every connection may have; the registry checks them."""
 KEY_KINDS = {
     "sk-admin-": "an OpenAI admin key",
     "sk-proj-": "an OpenAI project key",

@@ -13,7 +13,9 @@ import hashlib
 import os
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime
 from decimal import Decimal
+from email.utils import format_datetime
 from time import time
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, urljoin, urlsplit, urlunsplit
@@ -28,7 +30,7 @@ from daemon.domain.duration import parse_duration
 from daemon.domain.errors import BadRequestError, CredentialError, PermanentError, SchemaDriftError
 from daemon.domain.ports import Answer, Caller, collection
 from daemon.domain.record import Grain
-from daemon.domain.window import Width
+from daemon.domain.window import Width, parse_rfc3339
 from daemon.http_exits import Exits, Terms
 from daemon.pollers._resource_spec import Cursor, Link, Listing, Offset, PageNumber, Spec, parse_settings
 from daemon.pollers.chain import decode
@@ -124,14 +126,22 @@ class Reader:
     async def pages(self, since: str | None = None) -> AsyncIterator[Page]:
         """The list from its first page to its last.
 
+        Args:
+            since: the newest version seen; what changed from it on is asked for.
+
         Raises:
             SchemaDriftError: a page breaks the contract of paging, or there are more items than the limit.
         """
         listing = self._spec.list
         assert listing is not None
         fixed = _pairs(listing.params)
+        headers: dict[str, str] = {}
         if listing.since is not None and since is not None:
-            fixed = [*fixed, (listing.since.param, since)]
+            wanted = _http_date(since) if listing.since.http_date else since
+            if listing.since.param is not None:
+                fixed = [*fixed, (listing.since.param, wanted)]
+            elif _can_be_sent(wanted):
+                headers = {"if-modified-since": wanted}
         path, params = listing.path, _first(listing, fixed)
         seen: set[int] = set()
         last: list[str] | None = None
@@ -141,7 +151,9 @@ class Reader:
             if place in seen:
                 raise SchemaDriftError("list.paging: a page leads back to a page that was read")
             seen.add(place)
-            answer = await self._get(path, params)
+            answer = await self._get(path, params, headers)
+            if answer.status == NOT_MODIFIED:
+                return
             body = _parse(answer, "list")
             items = _need_list(body, listing.items, answer, "list.items")
             page = _listed(items, listing, answer)
@@ -278,7 +290,7 @@ class Reader:
         check = self._spec.check
         if check is None or not check.conditional or known is None:
             return None
-        if not known.isascii() or not known.isprintable():  # no header of ours can carry it: all of it is read
+        if not _can_be_sent(known):
             return None
         return {"if-none-match" if check.version == "etag" else "if-modified-since": known}
 
@@ -491,6 +503,22 @@ def _newest(newest: str | None, items: Sequence[Listed]) -> str | None:
 def _order(version: str) -> tuple[int, str]:
     """Numbers by their size: a longer one is the greater one. Times of one format and zone by their text."""
     return (len(version), version) if version.isdecimal() else (0, version)
+
+
+def _can_be_sent(version: str) -> bool:
+    """Whether a header of ours can carry it; else all is read."""
+    return version.isascii() and version.isprintable()
+
+
+def _http_date(version: str) -> str:
+    """The second that a version lies in: of ISO 8601, or a Unix time."""
+    try:
+        instant = datetime.fromtimestamp(int(version), UTC) if version.isdecimal() else parse_rfc3339(version)
+    except (ValueError, OverflowError, OSError) as error:
+        raise SchemaDriftError(
+            "list.since.http_date: the newest version is no time; leave it out", version.encode()
+        ) from error
+    return format_datetime(instant, usegmt=True)
 
 
 def _kept(item: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:

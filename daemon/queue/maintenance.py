@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from daemon.db.pool import Database, query
+import msgspec
+
+from daemon.db.pool import Database, Record, query
+from daemon.domain.connection import ConnectionId
 from daemon.domain.errors import StorageUnavailableError
 from daemon.domain.job import JobId
 from daemon.queue.wake import Waker
@@ -32,12 +35,22 @@ _SWEEP_SLOTS = query("sweep_slots")
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
+    """`connections` are those that its order names; none for a message."""
+
     id: JobId
     at: datetime
     attempt: int
     reason: str
     kind: str
     key: int
+    connections: tuple[ConnectionId, ...] = ()
+
+
+class _About(msgspec.Struct):
+    """What the orders of all kinds that have connections have in common."""
+
+    connections: list[int] = []
+    connection: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +120,7 @@ class QueueMaintenance:
     async def dead_list(self, *, limit: int = 100, after: int = 0) -> list[DeadLetter]:
         """Dead letters by id, those above `after`."""
         rows = await self._db.fetch(_DEAD_LIST, after, limit)
-        return [DeadLetter(r["id"], r["at"], r["attempt"], r["reason"], r["kind"], r["key_id"]) for r in rows]
+        return [_letter(row) for row in rows]
 
     async def dead_show(self, job_id: JobId) -> DeadDetail | None:
         """One dead letter with its body and every attempt that the log still holds."""
@@ -116,7 +129,7 @@ class QueueMaintenance:
             return None
         attempts = await self._db.fetch(_ATTEMPTS, job_id)
         return DeadDetail(
-            DeadLetter(row["id"], row["at"], row["attempt"], row["reason"], row["kind"], row["key_id"]),
+            _letter(row),
             row["body"],
             row["max_attempts"],
             row["created_at"],
@@ -186,3 +199,20 @@ async def drop_partitions(db: Database, old: str, kept: timedelta) -> int:
         except StorageUnavailableError:
             break  # busy: the next round tries again
     return dropped
+
+
+def _letter(row: Record) -> DeadLetter:
+    try:
+        about = msgspec.json.decode(row["order_"] or b"{}", type=_About)
+    except msgspec.MsgspecError:  # of a kind that knows no connections
+        about = _About()
+    ids = about.connections if about.connection is None else [about.connection]
+    return DeadLetter(
+        row["id"],
+        row["at"],
+        row["attempt"],
+        row["reason"],
+        row["kind"],
+        row["key_id"],
+        tuple(ConnectionId(id_) for id_ in ids),
+    )

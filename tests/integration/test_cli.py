@@ -8,8 +8,12 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 
+from daemon.db.pool import Database
+from daemon.domain.job import NewJob
+from daemon.queue.burial import bury
 from tests.cli_kit import KEY, Result, Tallyd
 
 NEXT = base64.b64encode(b"n" * 32).decode()
@@ -36,6 +40,40 @@ def add(tallyd: Tallyd, *more: str, name: str = "main") -> Result:
         "connections", "add", "--tenant", "acme", "--provider", "openai", "--name", name,
         "--credential-env", "ADMIN_KEY", "--json", *more,
     )  # fmt: skip
+
+
+def test_dead_letter_says_which_connections_it_is_about(tallyd: Tallyd, database_url: str) -> None:
+    tallyd("tenants", "add", "acme")
+    first = add(tallyd, "--no-check").json["id"]
+    second = add(tallyd, "--no-check", "--allow-duplicate", name="other").json["id"]
+    gone = 10**12
+    bodies = (
+        {"connections": [first], "source": "costs"},
+        {"connection": second, "ids": ["r1"]},
+        {"connections": [second, first, gone]},
+        {"connections": "all"},
+        [],
+    )
+
+    async def fill() -> None:
+        db = await Database.open(database_url)
+        async with db.transaction() as tx:
+            await bury(tx, [(NewJob("poll_one", json.dumps(body).encode()), "no") for body in bodies])
+            await bury(tx, [(NewJob("poll_one", b"\xff"), "no"), (NewJob("push", b'{"connection": 1}'), "no")])
+        await db.close()
+
+    anyio.run(fill)
+    letters = tallyd("dlq", "list", "--json").json
+    named = ["acme/main"], ["acme/other"], ["acme/other", "acme/main"], [], [], [], []
+    assert [letter["connections"] for letter in letters] == list(named)
+    table = tallyd("dlq", "list").out
+    assert "acme/main " in table
+    assert "acme/other and 1 more" in table
+    shown = tallyd("dlq", "show", str(letters[2]["id"]), "--json").json
+    assert shown["connections"] == ["acme/other", "acme/main"]
+    assert [attempt["outcome"] for attempt in shown["attempts_log"]] == ["dead"]
+    assert "acme/other, acme/main" in tallyd("dlq", "show", str(letters[2]["id"])).out
+    assert tallyd("dlq", "show", str(letters[5]["id"])).code == 0
 
 
 def test_tenants(tallyd: Tallyd) -> None:

@@ -370,6 +370,30 @@ async def test_since_asks_for_what_changed_and_takes_nothing_for_gone(database_u
         assert (report.resources, report.gone) == (249, 1)
 
 
+@pytest.mark.parametrize("page", [2, 500])
+async def test_since_in_a_header_is_a_conditional_call_for_the_whole_list(
+    database_url: str, server: Server, page: int
+) -> None:
+    listing = {**LIST, "params": {**LIST["params"], "limit": page}}
+    listing["since"] = {"header": "If-Modified-Since", "http_date": True}
+    server.api.versions = {f"r{n}": 1 for n in range(7)}
+    async with a_place(database_url, server, {"list": listing}) as place:
+        place.api.keeps_asks = True
+        assert (await place.sync()).resources == 7
+        assert not [ask for ask in place.api.asks if "if-modified-since" in ask.headers], "nothing was seen before"
+        place.api.change("r1", "r2", "r5")
+        place.api.forget_counts()
+        report = await place.sync()
+        assert (report.changed, report.gone) == (3, 0)
+        asked = {ask.headers.get("if-modified-since") for ask in place.api.asks if ask.path == "/orders"}
+        assert asked == {"Mon, 21 Sep 2026 14:13:21 GMT"}, "each page is asked for under the condition"
+        for id_ in place.api.versions:
+            place.api.versions[id_] = 0  # nothing is as new as what was seen: a 304
+        place.api.forget_counts()
+        report = await place.sync()
+        assert (report.resources, report.changed, report.gone, place.api.calls) == (0, 0, 0, 1)
+
+
 async def test_without_a_list_ids_come_from_the_file_and_from_what_is_stored(database_url: str, server: Server) -> None:
     ids = [f"r{n}" for n in range(150)]
     check = {**CHECK}

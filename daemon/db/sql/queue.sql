@@ -266,11 +266,14 @@ update worker set stopped_at = now() where id = $1
 select attempt_make_partitions(now(), 4)
 
 -- name: dead_list
-select d.id, d.at, d.attempt, d.reason, j.kind, j.key_id from dead d join job j using (id)
+-- A message's body is its publisher's; another job's is ours, and says which connections it is about.
+select d.id, d.at, d.attempt, d.reason, j.kind, j.key_id, case when j.kind <> 'push' then j.body end as order_
+from dead d join job j using (id)
 where d.id > $1 order by d.id limit $2
 
 -- name: dead_show
-select d.id, d.at, d.attempt, d.reason, j.kind, j.key_id, j.body, j.max_attempts, j.created_at
+select d.id, d.at, d.attempt, d.reason, j.kind, j.key_id, case when j.kind <> 'push' then j.body end as order_,
+  j.body, j.max_attempts, j.created_at
 from dead d join job j using (id) where d.id = $1
 
 -- name: attempts_of

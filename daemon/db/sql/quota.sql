@@ -87,6 +87,10 @@ where c.provider = 'redis_quota' and c.state in ('active', 'parked')
   and ($1::text is null or t.name = $1) and ($2::text is null or c.name = $2)
 order by c.id
 
+-- name: quota_has_source
+select exists (select from connection c join tenant t on t.id = c.tenant_id
+               where c.provider = 'redis_quota' and t.name = $1 and ($2::text is null or c.name = $2))
+
 -- name: quota_mark
 -- Before counters are set: until it is known whether that came to pass, either value may be met. NaN: one of several,
 -- since what they were to be set to before is open still.

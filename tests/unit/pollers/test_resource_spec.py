@@ -62,6 +62,7 @@ ACCEPTED = [
     WHOLE + "[rate]\nper_second = 2\nin_all = 40\n",
     WHOLE + '[proxy]\nexits = ["http://a:1", "https://b:2/"]\ntotal = 5\n',
     HEAD + LIST + 'version = "v"\nsince = { param = "since" }\npaging = { kind = "page", param = "p", first = 0 }\n' + DETAIL,
+    HEAD + LIST + 'version = "v"\nsince = { header = "If-Modified-Since", http_date = true }\n' + DETAIL,
 ]  # fmt: skip
 
 
@@ -101,6 +102,9 @@ REFUSED = [
     (HEAD + LIST + 'paging = { param = "p" }\n' + DETAIL, "list.paging.kind", "one of cursor, page, offset, link", True),
     (HEAD + LIST + 'paging = { kind = "cursor", param = "c" }\n' + DETAIL, "list.paging.next", "give a dotted path", True),
     (HEAD + LIST + 'since = { param = "s" }\n' + DETAIL, "list.since", "say in list.version", False),
+    (HEAD + LIST + 'version = "v"\nsince = {}\n' + DETAIL, "list.since.param", "say which one takes the version", False),
+    (HEAD + LIST + 'version = "v"\nsince = { param = "s", header = "If-Modified-Since" }\n' + DETAIL, "list.since.param", "which one takes the version", False),
+    (HEAD + LIST + 'version = "v"\nsince = { header = "Host" }\n' + DETAIL, "list.since.header", "in place of param", True),
     (HEAD + LIST + 'version = "v"\nsince = { param = "s", full_every = "1 day" }\n' + DETAIL, "list.since.full_every", "such as 1h", False),
     (HEAD + LIST + "params = { a = [1] }\n" + DETAIL, "list.params", "parameters of the query", True),
     (HEAD + DETAIL, "list", "or give ids", False),
