@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from daemon.db.pool import Session, query
 from daemon.db.text import storable
-from daemon.domain.job import JobId, NewJob
+from daemon.domain.job import Job, JobId, NewJob
 
 _BURY = query("bury")
 _MOURN = query("mourn")
+_LETTER_OF = query("letter_of")
 
 
 async def bury(tx: Session, jobs: Sequence[tuple[NewJob, str]]) -> list[JobId]:
@@ -33,3 +34,9 @@ async def mourn(tx: Session, reasons: Mapping[JobId, str]) -> None:
     """The same work failed again: note it on the dead letter that lies there, instead of adding one each tick."""
     if reasons:
         await tx.execute(_MOURN, list(reasons), [storable(reason) for reason in reasons.values()])
+
+
+async def letter_of(tx: Session, job: Job) -> JobId | None:
+    """The dead letter of the same order, if there is one."""
+    found = await tx.fetchval(_LETTER_OF, job.kind, job.body)
+    return None if found is None else JobId(found)

@@ -23,10 +23,11 @@ from daemon.db.quota import QuotaStore, Standing
 from daemon.db.secrets import Keyring
 from daemon.domain.connection import Connection, ConnectionId, StreamId, Target
 from daemon.domain.errors import PermanentError
-from daemon.domain.job import Completed, Job, NewJob, Outcome
+from daemon.domain.job import Completed, Discarded, Job, NewJob, Outcome
 from daemon.domain.overlap import Gateway
 from daemon.domain.ports import Caller
 from daemon.domain.window import Window
+from daemon.queue.burial import letter_of, mourn
 from daemon.queue.postgres import PostgresQueue
 from daemon.worker.poll import PollDeps, grains_of
 
@@ -142,13 +143,17 @@ async def run_drift(job: Job, deps: QuotaDeps) -> Outcome:
     if stream is None or Measure.of(settings) is None:
         return Completed(note="nothing to compare")
     counters, counted, booked, written = 0, Decimal(0), Decimal(0), 0
+    refusal: PermanentError | None = None
     async for lines in compare(deps, connection, stream):
         known = [line for line in lines if line.booked is not None]
         counters += len(lines)
         counted += sum((line.counted for line in lines), Decimal(0))
         booked += sum((line.booked for line in known if line.booked is not None), Decimal(0))
-        if settings.get("write_back"):
-            written += await write_back(deps, connection, stream, known)
+        if settings.get("write_back") and refusal is None:
+            try:
+                written += await write_back(deps, connection, stream, known)
+            except PermanentError as error:  # the figure is worth having all the same
+                refusal = error
     await deps.store.note_drift(stream, counters, counted, booked)
     log.info(
         "quota.compared",
@@ -159,7 +164,19 @@ async def run_drift(job: Job, deps: QuotaDeps) -> Outcome:
         drift=counted - booked,
         written=written,
     )
+    if refusal is not None:
+        return await _refused(job, deps, str(refusal))
     return Completed(note=f"{counters} counters compared, {written} written back")
+
+
+async def _refused(job: Job, deps: QuotaDeps, reason: str) -> Outcome:
+    """One dead letter of a source, not one after each sync."""
+    async with deps.db.transaction() as tx:
+        letter = await letter_of(tx, job)
+        if letter is None:
+            return Discarded(reason)
+        await mourn(tx, {letter: reason})
+    return Completed(note=f"refused, as dead letter {letter} says")
 
 
 async def compare(deps: QuotaDeps, connection: Connection, stream: StreamId) -> AsyncIterator[list[Drift]]:

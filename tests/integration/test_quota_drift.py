@@ -171,6 +171,26 @@ async def test_write_back_sets_and_never_adds(quota: Quota) -> None:
     await assert_laws(quota.app.db)
 
 
+async def test_a_write_back_that_is_refused_is_one_dead_letter_and_the_figure_is_noted(quota: Quota) -> None:
+    await book(quota, {"ann": 100})
+    await quota.redis.set("quota:ann", 130)
+    await quota.add(write_back=True)
+    await quota.redis.execute_command("ACL", "SETUSER", "default", "-set")
+    for attempt in (1, 2):
+        await quota.sync()
+        await quota.books.run_queue()
+        (letter,) = await quota.app.queue.dead_list()
+        assert (letter.kind, letter.attempt, letter.connections) == ("quota_drift", attempt, (quota.books.ids["q"],))
+    assert await quota.app.db.fetchval("select drift from quota_drift") == 30
+    await quota.redis.execute_command("ACL", "SETUSER", "default", "+set")
+    assert await quota.app.queue.dead_replay([letter.id]) == {letter.id}
+    await quota.books.run_queue()
+    assert await quota.values() == {"quota:ann": "100"}
+    assert await quota.app.queue.dead_list() == []
+    await quota.sync()
+    await assert_laws(quota.app.db)
+
+
 async def test_a_write_back_by_hand_counts_first_and_sets_then(quota: Quota) -> None:
     await book(quota, {"ann": 100})
     await quota.redis.set("quota:ann", 130)

@@ -22,3 +22,6 @@ logged as (
   insert into attempt (id, attempt, outcome, note) select g.id, least(d.attempt + 1, 32767), 4, g.reason from given g join dead d using (id)
 )
 update dead d set at = now(), attempt = least(d.attempt + 1, 32767), reason = g.reason from given g where d.id = g.id
+
+-- name: letter_of
+select min(d.id) from dead d join job j using (id) where j.kind = $1 and j.body = $2
