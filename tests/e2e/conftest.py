@@ -1,4 +1,7 @@
-"""The real processes: a simulator, and as many `tallyd` as a test wants, each ended by its own pid."""
+"""The real processes: a simulator, and as many `tallyd` as a test wants, each ended by its own pid.
+
+A process takes most of a second to start. What sets a test up, and what reads the books at its end, runs `here`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import anyio
 import pytest
 
 from tests.books_kit import SECRET_KEY, Sim, open_sim, until
+from tests.cli_kit import Result, command
 
 COMMAND_S = 60.0
 
@@ -24,16 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.e2e)
             item.add_marker(pytest.mark.timeout(int(os.environ.get("TALLYD_TEST_E2E_TIMEOUT", "180"))))
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
 
 
 class Replica:
@@ -104,6 +98,10 @@ class Tallyd:
                 cwd=self._folder,
             )
         return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    async def here(self, *arguments: str, stdin: str | None = None, **environment: str) -> Result:
+        """The same command without a process of its own, where the process is not what is tested."""
+        return await anyio.to_thread.run_sync(command, arguments, self.environment | environment, self._folder, stdin)
 
     def run(self, **environment: str) -> Replica:
         """Start `tallyd run`."""

@@ -83,7 +83,7 @@ async def restore(cluster: Cluster, url: str, file: Path, *options: str) -> None
 
 
 async def failed_checks(tallyd: Tallyd) -> list[str]:
-    return [check["check"] for check in (await tallyd("doctor", "--json")).json if not check["ok"]]
+    return [check["check"] for check in (await tallyd.here("doctor", "--json")).json if not check["ok"]]
 
 
 async def rows(db: Database) -> dict[tuple[Any, ...], tuple[int, tuple[Any, ...]]]:
@@ -136,7 +136,7 @@ async def test_a_dump_under_load_is_restored_and_goes_on(
             endings = await copy.db.fetch("select outcome from attempt where id = $1 order by at", job)
             assert [row["outcome"] for row in endings] == [9, 1], "lost with its worker, then done, once"
         await copy.assert_equal(but=["costs", "cost"])  # what is asked for once an hour
-        full = await restored("poll", "--all", "--full", "--json")
+        full = await restored.here("poll", "--all", "--full", "--json")
         assert full.code == 0, full.err
         await copy.assert_equal()
         after = await rows(copy.db)
@@ -146,7 +146,7 @@ async def test_a_dump_under_load_is_restored_and_goes_on(
         ]
         assert again == [], "what did not change was not booked again"
         assert sum(after[key] == before[key] for key in before) > 20
-        assert (await restored("poll", "--all", "--full", "--json")).json["rows"] == 0
+        assert (await restored.here("poll", "--all", "--full", "--json")).json["rows"] == 0
         replica.signal(signal.SIGTERM)
         assert await replica.ended() == 0
         assert not [line for line in replica.log() if line["level"] in ("error", "raw")]
@@ -212,7 +212,7 @@ async def test_an_older_backup_catches_up_with_the_provider(
         assert done.json["rows"] > 0
         with pytest.raises(AssertionError, match=r"^1 differences: o \('completions'"):
             await copy.assert_equal()  # a correction that is older than the ladder reaches
-        full = await restored("poll", "--all", "--full", "--json")
+        full = await restored.here("poll", "--all", "--full", "--json")
         assert (full.code, full.json["rows"]) == (0, 1)
         assert await copy.assert_equal() == sums
         assert await failed_checks(restored) == []
@@ -238,7 +238,7 @@ async def test_a_copy_without_its_sequences_is_refused_until_they_are_mended(
     refused = restored.run()
     assert await refused.ended() == 2
     async with reopened(target_url, sim, books) as copy:
-        mended = await restored("doctor", "--fix", "--json")
+        mended = await restored.here("doctor", "--fix", "--json")
         assert mended.code == 0, mended.out
         found = {row["sequencename"]: row["last_value"] for row in await copy.db.fetch(sequences)}
         assert found.keys() == issued.keys(), "every sequence is mended"
@@ -273,16 +273,16 @@ async def test_a_copied_folder_of_the_embedded_database_goes_on(sim: Sim, tmp_pa
             "tenant": "acme", "provider": "openai", "name": "o", "credential": credential("openai", "o"),
             "base_url": sim.base_url("openai"), "since": rfc3339(midnight(1)),
         }  # fmt: skip
-        imported = await first("connections", "import", "-", stdin=json.dumps(line))
+        imported = await first.here("connections", "import", "-", stdin=json.dumps(line))
         assert imported.code == 0, imported.err
-        polled = (await first("poll", "--all", "--json")).json
+        polled = (await first.here("poll", "--all", "--json")).json
         assert polled["rows"] > 0
-        assert (await first("db", "stop")).code == 0
+        assert (await first.here("db", "stop")).code == 0
         await anyio.run_process(["cp", "-a", str(folder / "first"), str(folder / "second")])
-        again = (await second("poll", "--all", "--full", "--json")).json
+        again = (await second.here("poll", "--all", "--full", "--json")).json
         assert (again["connections"], again["rows"], again["dead"]) == (1, 0, 0)
         assert await failed_checks(second) == []
     finally:
-        await first("db", "stop")
-        await second("db", "stop")
+        await first.here("db", "stop")
+        await second.here("db", "stop")
         shutil.rmtree(folder)

@@ -177,7 +177,7 @@ async def test_nothing_is_lost_and_nothing_is_booked_twice(
     ]  # fmt: skip
     path = tmp_path / "connections.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    done = await tallyd("connections", "import", str(path), "--json")
+    done = await tallyd.here("connections", "import", str(path), "--json")
     assert done.code == 0, done.err
 
     db = await Database.open(database_url, pool_max=4)
@@ -227,13 +227,13 @@ async def test_nothing_is_lost_and_nothing_is_booked_twice(
             replica.signal(signal.SIGTERM)
         assert [await replica.ended() for replica in living] == [0] * len(living)
         await db.execute("delete from pause")
-        full = await tallyd("poll", "--all", "--full", "--json")
+        full = await tallyd.here("poll", "--all", "--full", "--json")
         assert full.code == 0, full.out + full.err
 
         ids = [ConnectionId(row["id"]) for row in await db.fetch("select id from connection order by id")]
         assert len(ids) == CONNECTIONS
         await assert_books_equal_truth(db, sim, ids)
-        doctor = await tallyd("doctor", "--json")
+        doctor = await tallyd.here("doctor", "--json")
         assert doctor.code == 0, [check for check in doctor.json if not check["ok"]]
         assert not await db.fetchval("select count(*) from job"), "dead letters, or jobs that nobody has"
         assert not await db.fetchval("select count(*) from connection where open_job is not null or state <> 'active'")

@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -17,7 +18,8 @@ from daemon.db.pool import Database
 from daemon.domain.connection import ConnectionId
 from daemon.domain.window import floor_to, rfc3339
 from tests.books_kit import Sim, assert_books_equal_truth, credential, midnight, until
-from tests.e2e.conftest import Replica, Result, Tallyd
+from tests.cli_kit import Result
+from tests.e2e.conftest import Replica, Tallyd
 from tests.ledger_kit import assert_laws
 
 pytestmark = pytest.mark.anyio
@@ -41,8 +43,8 @@ async def add(
     tallyd: Tallyd, sim: Sim, provider: str, name: str, tenant: str = "acme", sources: tuple[str, ...] = ()
 ) -> Result:
     await sim.set_up(provider, name, history_days=1, requests_per_hour=4, live=False, sources=sources)
-    await tallyd("tenants", "add", tenant)
-    added = await tallyd(
+    await tallyd.here("tenants", "add", tenant)
+    added = await tallyd.here(
         "connections", "add", "--tenant", tenant, "--provider", provider, "--name", name, "--credential-stdin",
         "--base-url", sim.base_url(provider), "--since", rfc3339(midnight(1)), stdin=credential(provider, name),
     )  # fmt: skip
@@ -68,6 +70,11 @@ async def more_ticks(db: Database, count: int = 2, *, wait_s: float = 30) -> Non
     await until(is_so, f"{count} more ticks", wait_s=wait_s)
 
 
+async def hangs(sim: Sim) -> bool:
+    """The request that gets no answer has come; whoever asks next gets one."""
+    return bool((await sim.control("GET", "stats"))["faults"].get("timeout"))
+
+
 # ── The daemon ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -80,14 +87,14 @@ async def test_run_ticks_books_and_drains(tallyd: Tallyd, sim: Sim, db: Database
     await sim.grow("openai", "o", 20)
     await more_ticks(db)
     await assert_books_equal_truth(db, sim, await connections(db), but=["costs"])
-    status = (await tallyd("status", "--json")).json
+    status = (await tallyd.here("status", "--json")).json
     assert (status["replicas"], status["connections"], status["dead_letters"]) == (1, {"active": 2}, 0)
     replica.signal(signal.SIGTERM)
     assert await replica.ended() == 0
     assert [line["event"] for line in replica.log()][-1] == "daemon.stopped"
     assert not await db.fetchval("select count(*) from lease")
     assert not await db.fetchval("select count(*) from worker where stopped_at is null")
-    assert (await tallyd("status", "--json")).json["replicas"] == 0
+    assert (await tallyd.here("status", "--json")).json["replicas"] == 0
     await assert_laws(db)
 
 
@@ -120,7 +127,8 @@ async def test_a_second_signal_forces_the_end_and_another_replica_takes_over(
     async def is_leased() -> bool:
         return bool(await db.fetchval("select count(*) from lease"))
 
-    await until(is_leased, "a batch runs")
+    await until(partial(hangs, sim), "a batch runs")
+    assert await is_leased()
     replica.signal(signal.SIGTERM)
     await replica.has_logged("daemon.draining")
     assert replica.process.poll() is None
@@ -243,13 +251,13 @@ async def test_a_tick_by_hand_runs_here_and_once(tallyd: Tallyd, sim: Sim, db: D
     assert set(first.json) == SUMMARY
     assert (first.json["connections"], first.json["dead"]) == (1, 0)
     assert first.json["rows"] > 0
-    second = await tallyd("tick", "--wait", "--json", **long)
+    second = await tallyd.here("tick", "--wait", "--json", **long)
     assert (second.code, second.json["rows"]) == (0, first.json["rows"]), "the tick's own figures"
-    third = await tallyd("tick", "--json", **long)
+    third = await tallyd.here("tick", "--json", **long)
     assert (third.json["created"], third.json["batches"]) == (False, 0)
     today = floor_to(await db.now(), 86400)
     assert third.json["slot"] == rfc3339(today)
-    named = await tallyd("tick", "--slot", rfc3339(today), "--json", **long)
+    named = await tallyd.here("tick", "--slot", rfc3339(today), "--json", **long)
     assert named.json["created"] is False
     await assert_books_equal_truth(db, sim, await connections(db))
 
@@ -257,7 +265,7 @@ async def test_a_tick_by_hand_runs_here_and_once(tallyd: Tallyd, sim: Sim, db: D
 async def test_a_tick_without_wait_is_left_to_the_daemon(tallyd: Tallyd, sim: Sim, db: Database) -> None:
     await add(tallyd, sim, "openai", "o")
     long = {"TALLYD_TICK_SECONDS": "86400"}
-    made = await tallyd("tick", "--json", **long)
+    made = await tallyd.here("tick", "--json", **long)
     assert (made.json["created"], made.json["connections"], made.json["batches"]) == (True, 1, 1)
     assert await db.fetchval("select count(*) from ready") == 1
     helped = await tallyd("tick", "--wait", "--json", **long)
@@ -271,15 +279,15 @@ async def test_polls_usage_and_spend_keep_their_contract(tallyd: Tallyd, sim: Si
     await add(tallyd, sim, "anthropic", "a", tenant="globex")
     one = await tallyd("poll", "--tenant", "acme", "--json")
     assert (one.code, set(one.json), one.json["connections"]) == (0, SUMMARY, 1)
-    rest = await tallyd("poll", "--connection", "globex/a", "--json")
+    rest = await tallyd.here("poll", "--connection", "globex/a", "--json")
     assert rest.json["connections"] == 1
-    again = await tallyd("poll", "--all", "--json")
+    again = await tallyd.here("poll", "--all", "--json")
     assert (again.json["connections"], again.json["rows"]) == (2, 0)
-    full = await tallyd("poll", "--all", "--full", "--json")
+    full = await tallyd.here("poll", "--all", "--full", "--json")
     assert (full.code, full.json["rows"]) == (0, 0)
     await assert_books_equal_truth(db, sim, await connections(db))
 
-    usage = (await tallyd("usage", "--group-by", "tenant,connection,provider", "--json")).json
+    usage = (await tallyd.here("usage", "--group-by", "tenant,connection,provider", "--json")).json
     assert [set(row) for row in usage] == [{"tenant", "connection", "provider", "metrics"}] * 2
     by_tenant = {row["tenant"]: row["metrics"] for row in usage}
     for tenant, provider, name, sources in (
@@ -293,14 +301,14 @@ async def test_polls_usage_and_spend_keep_their_contract(tallyd: Tallyd, sim: Si
     assert by_tenant["globex"]["requests"] is None, "what a provider does not report is null"
     assert isinstance(by_tenant["acme"]["requests"], int)
 
-    spend = (await tallyd("spend", "--group-by", "tenant", "--json")).json
+    spend = (await tallyd.here("spend", "--group-by", "tenant", "--json")).json
     assert all(set(row) == {"tenant", "amount", "currency", "basis"} for row in spend)
     provider_cost = {row["tenant"]: Decimal(row["amount"]) for row in spend if row["basis"] == "provider"}
     for tenant, provider, name, source in (("acme", "openai", "o", "costs"), ("globex", "anthropic", "a", "cost")):
         truth = await sim.control("GET", "truth", provider=provider, key=credential(provider, name), totals=1)
         assert provider_cost[tenant] == Decimal(truth["orgs"][0]["sources"][source]["amount"])
     assert {row["basis"] for row in spend} == {"provider", "local"}
-    assert (await tallyd("usage", "--until", "2020-01-01", "--json")).json == []
+    assert (await tallyd.here("usage", "--until", "2020-01-01", "--json")).json == []
 
 
 async def test_work_that_failed_shows_in_the_exit_code(tallyd: Tallyd, sim: Sim, db: Database) -> None:
@@ -308,12 +316,12 @@ async def test_work_that_failed_shows_in_the_exit_code(tallyd: Tallyd, sim: Sim,
     await sim.fault("not_json", "openai", "o", count=100, path_contains="embeddings")
     failed = await tallyd("poll", "--all", "--json")
     assert (failed.code, failed.json["dead"], failed.json["retried"]) == (1, 1, 0)
-    (letter,) = (await tallyd("dlq", "list", "--json")).json
+    (letter,) = (await tallyd.here("dlq", "list", "--json")).json
     assert "embeddings" in letter["reason"]
-    shown = (await tallyd("dlq", "show", str(letter["id"]), "--json")).json
+    shown = (await tallyd.here("dlq", "show", str(letter["id"]), "--json")).json
     assert credential("openai", "o") not in str(shown)
     await sim.control("DELETE", "faults")
-    assert (await tallyd("dlq", "replay", str(letter["id"]))).code == 0
+    assert (await tallyd.here("dlq", "replay", str(letter["id"]))).code == 0
     tallyd.run()
 
     async def is_done() -> bool:
@@ -326,12 +334,16 @@ async def test_work_that_failed_shows_in_the_exit_code(tallyd: Tallyd, sim: Sim,
 async def test_bad_input_is_named_and_exits_two(tallyd: Tallyd, sim: Sim) -> None:
     await add(tallyd, sim, "openai", "o")
     for arguments, said in (
+        (["poll", "--tenant", "nobody"], "nobody"),
+        (["tick", "--slot", "soon"], "--slot"),
+        (["frobnicate"], "frobnicate"),
+    ):
+        assert_is_refused(await tallyd(*arguments), said)
+    for arguments, said in (
         (["poll"], "scope"),
         (["poll", "--all", "--tenant", "acme"], "scope"),
-        (["poll", "--tenant", "nobody"], "nobody"),
         (["poll", "--connection", "acme/none"], "acme/none"),
         (["poll", "--connection", "acme"], "TENANT/NAME"),
-        (["tick", "--slot", "soon"], "--slot"),
         (["tick", "--slot", "2026-11-22T10:00:00"], "--slot"),
         (["tick", "--slot", "2026-11-22T10:00:01Z"], "slot"),
         (["tick", "--slot", "2199-01-01T00:00:00Z"], "future"),
@@ -339,15 +351,17 @@ async def test_bad_input_is_named_and_exits_two(tallyd: Tallyd, sim: Sim) -> Non
         (["usage", "--since", "2026-01-02", "--until", "2026-01-01"], "--until"),
         (["backfill", "--from", "2026-01-02", "--to", "2026-01-01"], "--to"),
         (["dlq", "show", "999"], "999"),
-        (["frobnicate"], "frobnicate"),
     ):
-        done = await tallyd(*arguments)
-        assert (done.code, done.out) == (2, ""), (arguments, done)
-        assert said in done.err
-        assert "Traceback" not in done.err
+        assert_is_refused(await tallyd.here(*arguments), said)
     wrong = await tallyd("status", TALLYD_TICK_SECONDS="7", TALLYD_NONSENSE="1", TALLYD_CONCURRENCY="many")
     assert wrong.code == 2
     assert all(name in wrong.err for name in ("tick_seconds", "TALLYD_NONSENSE", "concurrency")), "all at once"
+
+
+def assert_is_refused(done: Result, said: str) -> None:
+    assert (done.code, done.out) == (2, ""), (said, done)
+    assert said in done.err
+    assert "Traceback" not in done.err
 
 
 async def test_a_killed_command_loses_no_work(tallyd: Tallyd, sim: Sim, db: Database) -> None:
@@ -358,10 +372,8 @@ async def test_a_killed_command_loses_no_work(tallyd: Tallyd, sim: Sim, db: Data
         [*tallyd.command, "poll", "--all"], env=tallyd.environment | {"TALLYD_HTTP_READ_TIMEOUT_S": "60"}
     )
 
-    async def is_leased() -> bool:
-        return bool(await db.fetchval("select count(*) from lease"))
-
-    await until(is_leased, "the command works")
+    await until(partial(hangs, sim), "the command works")
+    assert await db.fetchval("select count(*) from lease")
     process.kill()
     await process.aclose()
     tallyd.run(TALLYD_TICK_SECONDS="86400")

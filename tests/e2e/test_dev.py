@@ -25,7 +25,8 @@ from qstash.errors import QStashError
 from daemon.db import embedded
 from daemon.domain.dev import DEV_ACCOUNTS
 from tests.books_kit import until
-from tests.e2e.conftest import COMMAND_S, Result
+from tests.cli_kit import Result, command
+from tests.e2e.conftest import COMMAND_S
 from tests.http_kit import local_client
 from tests.push_kit import Endpoint, Reply, open_endpoint
 
@@ -117,6 +118,10 @@ class Shell:
         with anyio.fail_after(COMMAND_S):
             out, err = await anyio.to_thread.run_sync(process.communicate)
         return Result(process.returncode, out, err)
+
+    async def here(self, *arguments: str, **environment: str) -> Result:
+        """The same command without a process of its own, where the process is not what is tested."""
+        return await anyio.to_thread.run_sync(command, arguments, self.environment | environment, self.folder, None)
 
 
 @pytest.fixture
@@ -257,8 +262,8 @@ async def test_production_never_lets_public_tokens_in(shell: Shell) -> None:
     await dev.interrupt()
     environment = {"TALLYD_DATA_DIR": str(shell.data_dir), "TALLYD_LISTEN": "127.0.0.1:0", "TALLYD_LOG_FORMAT": "json"}
     # The public account itself gets a token of its own: the account is refused, not the token alone.
-    own = await shell("tokens", "add", "own", "--json", **environment)
-    theirs = await shell("tokens", "add", "mine", "--account", USER.name, "--json", **environment)
+    own = await shell.here("tokens", "add", "own", "--json", **environment)
+    theirs = await shell.here("tokens", "add", "mine", "--account", USER.name, "--json", **environment)
     process = shell.popen("run", **environment)
     assert process.stderr is not None
     url = ""

@@ -27,7 +27,8 @@ from aiohttp import web
 from daemon.db.pool import Database
 from daemon.domain.window import rfc3339
 from tests.books_kit import midnight
-from tests.e2e.conftest import Result, Tallyd
+from tests.cli_kit import Result
+from tests.e2e.conftest import Tallyd
 from tests.ledger_kit import assert_laws
 
 pytestmark = pytest.mark.anyio
@@ -241,7 +242,7 @@ async def test_example_s_tests_fail_where_the_poller_is_wrong(outside: Outside) 
 
 
 async def test_example_books_exact_sums(foreign: Tallyd, acme: Acme, db: Database) -> None:
-    await foreign("tenants", "add", "acme")
+    await foreign.here("tenants", "add", "acme")
     added = await foreign(
         "connections", "add", "--tenant", "acme", "--provider", "acme-ai", "--name", "main", "--credential-stdin",
         "--base-url", acme.url, "--since", rfc3339(midnight(HISTORY_DAYS)), stdin=KEY,
@@ -293,7 +294,7 @@ async def test_doctor_lists_the_poller_and_a_broken_one_stops_nothing(
     assert "no_such_library" in broken["detail"]
     assert "misnamed" in broken["detail"]
     assert "it calls itself 'acme-ai'" in broken["detail"]
-    await foreign("tenants", "add", "acme")
+    await foreign.here("tenants", "add", "acme")
     refused = await foreign(
         "connections", "add", "--tenant", "acme", "--provider", "broken", "--name", "b", "--credential-stdin", stdin=KEY
     )

@@ -39,7 +39,7 @@ async def db(database_url: str) -> AsyncIterator[Database]:
 
 
 async def client_of(tallyd: Tallyd, replica: Replica) -> httpx.AsyncClient:
-    token = (await tallyd("tokens", "add", f"t{len(tallyd.replicas)}", "--json")).json["token"]
+    token = (await tallyd.here("tokens", "add", f"t{len(tallyd.replicas)}", "--json")).json["token"]
     return local_client(base_url=await url_of(replica), headers={"Authorization": f"Bearer {token}"}, timeout=60)
 
 
@@ -82,7 +82,7 @@ async def test_replicas_killed_while_they_deliver_lose_nothing(
     delivered = await db.fetch("select message_id from event where state = 5 group by 1 having count(*) > 1")
     assert delivered == [], "each is settled once, however often it arrived"
     assert await db.fetchval("select count(*) from event where state = 5") == MESSAGES
-    checks = (await tallyd("doctor", "--json")).json
+    checks = (await tallyd.here("doctor", "--json")).json
     assert [check for check in checks if not check["ok"]] == []
     print(f"{MESSAGES} messages, {KILLS} kills: {sum(came.values()) - MESSAGES} duplicates")  # noqa: T201 - for -s
     for replica in replicas[KILLS:]:

@@ -167,7 +167,7 @@ async def test_two_replicas_migrate_tick_and_book(tallyd: Tallyd, sim: Sim, empt
         await until(lambda: equals(books, but=["costs"]), "what has grown is booked")
         await more_ticks(books.db, 2)
 
-        checks = (await tallyd("doctor", "--json")).json
+        checks = (await tallyd.here("doctor", "--json")).json
         assert [check for check in checks if not check["ok"]] == []
         assert not await books.db.fetchval("select count(*) from pg_locks where locktype = 'advisory'")
         for replica in tallyd.replicas:

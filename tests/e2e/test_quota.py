@@ -1,4 +1,4 @@
-"""Quota counters by the real processes: the commands, the signed route, a kill in the midst of a sync."""
+"""Quota counters by the real processes: the signed route, ticks, a kill in the midst of a sync."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from redis.asyncio import Redis
 
 from daemon.db.pool import Database
 from tests.books_kit import until
-from tests.e2e.conftest import Replica, Result, Tallyd
+from tests.cli_kit import Result
+from tests.e2e.conftest import Replica, Tallyd
 from tests.http_kit import local_client
 from tests.ledger_kit import assert_laws
 from tests.qstash_stand_in import signature
@@ -51,81 +52,11 @@ async def db(database_url: str) -> AsyncIterator[Database]:
     await opened.close()
 
 
-async def add(tallyd: Tallyd, url: str, *more: str, name: str = "q", pattern: str = "quota:{user}") -> Result:
-    await tallyd("tenants", "add", "acme")
-    return await tallyd(
-        "quota", "add", "--tenant", "acme", "--name", name, "--url", url, "--pattern", pattern, *more, "--json"
-    )  # fmt: skip
-
-
-async def test_counters_go_from_valkey_to_the_list(tallyd: Tallyd, valkey: str, redis: Redis, db: Database) -> None:
-    await redis.mset({"quota:ann": 5, "quota:bob": "2.50", "other:x": 9})
-    assert (await add(tallyd, valkey)).code == 0
-    first = await tallyd("quota", "sync", "--json")
-    assert first.code == 0, first.err
-    assert set(first.json) == {"keys", "changed", "unchanged", "duration_s"}
-    assert (first.json["keys"], first.json["changed"], first.json["unchanged"]) == (2, 2, 0)
-    await redis.incrby("quota:ann", 3)
-    second = (await tallyd("quota", "sync", "--json")).json
-    assert (second["keys"], second["changed"], second["unchanged"]) == (2, 1, 1)
-    lines = (await tallyd("quota", "list", "--json")).json
-    assert [(line["tenant"], line["name"], line["user"], line["value"], line["used"]) for line in lines] == [
-        ("acme", "q", "ann", 8, 8),
-        ("acme", "q", "bob", 2.5, 2.5),
-    ]
-    assert all(line["updated_at"].endswith("Z") for line in lines)
-    history = (await tallyd("quota", "history", "--user", "ann", "--json")).json
-    assert [(change["kind"], change["delta"]) for change in history] == [("grown", 3), ("new", 5)]
-    await assert_laws(db)
-
-
-REFUSED: list[tuple[list[str], int, str]] = [
-    (["--url", "http//x", "--pattern", "quota:{user}"], 2, "url"),
-    (["--url", "redis://127.0.0.1:1/0", "--pattern", "quota:{user}"], 1, "--no-check"),
-    (["--url", "@", "--pattern", "quota:*"], 2, "pattern"),
-    (["--url", "@", "--pattern", "quota:{user}", "--setting", "colour=red"], 2, "colour"),
-    (["--url", "@", "--pattern", "quota:{user}", "--setting", "events_url=ftp://x"], 2, "events_url"),
-    (["--url", "@", "--pattern", "quota:{user}", "--every", "1"], 2, "every_s"),
-    (["--url", "@", "--pattern", "quota:{user}", "--setting", "pattern=x"], 2, "--pattern"),
-    (["--url", "redis://10.1.2.3/0", "--pattern", "quota:{user}"], 2, "--allow-insecure"),
-    (["--url", "@"], 2, "pattern"),
-]
-
-
-async def test_wrong_input_names_the_field(tallyd: Tallyd, valkey: str) -> None:
-    await tallyd("tenants", "add", "acme")
-    for options, code, named in REFUSED:
-        given = [valkey if option == "@" else option for option in options]
-        result = await tallyd("quota", "add", "--tenant", "acme", "--name", "q", *given)
-        assert (result.code, named in result.err) == (code, True), (options, result.err)
-        assert len(result.err.splitlines()) == 1, result.err
-    assert (await tallyd("quota", "list", "--json")).json == []
-
-
-async def test_the_same_keys_twice_are_refused(tallyd: Tallyd, valkey: str, redis: Redis) -> None:
-    await redis.set("quota:ann", 1)
-    assert (await add(tallyd, valkey)).code == 0
-    again = await add(tallyd, valkey, name="again")
-    assert again.code == 1
-    assert "acme/q" in again.err
-    assert (await add(tallyd, valkey, name="other", pattern="limit:{user}")).code == 0
-
-
-async def test_a_password_never_shows(tallyd: Tallyd, redis: Redis, valkey: str) -> None:
-    await redis.config_set("requirepass", "s3cret-pass")
-    wrong = await add(tallyd, valkey.replace("redis://", "redis://:wrong-pass@"))
-    assert wrong.code == 1
-    assert "refused" in wrong.err
-    assert "wrong-pass" not in wrong.err
-    right = await add(tallyd, valkey.replace("redis://", "redis://:s3cret-pass@"))
-    assert right.code == 0, right.err
-    assert "s3cret-pass" not in right.out + right.err
-    shown = await tallyd("connections", "list", "--json")
-    assert "s3cret-pass" not in shown.out
-    assert (await tallyd("quota", "sync", "--json")).code == 0
-
-
-# ── The daemon ──────────────────────────────────────────────────────────────────────────────────
+async def add(tallyd: Tallyd, url: str, *more: str) -> Result:
+    await tallyd.here("tenants", "add", "acme")
+    return await tallyd.here(
+        "quota", "add", "--tenant", "acme", "--name", "q", "--url", url, "--pattern", "quota:{user}", *more, "--json"
+    )
 
 
 async def url_of(replica: Replica) -> str:

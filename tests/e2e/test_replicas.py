@@ -42,8 +42,8 @@ async def fleet(tallyd: Tallyd, sim: Sim) -> Tallyd:
             "since": rfc3339(midnight(1)), "credential": credential("openai", name),
         }  # fmt: skip
         lines.append(json.dumps(line))
-    await tallyd("tenants", "add", "acme")
-    added = await tallyd("connections", "import", "-", stdin="\n".join(lines))
+    await tallyd.here("tenants", "add", "acme")
+    added = await tallyd.here("connections", "import", "-", stdin="\n".join(lines))
     assert added.code == 0, added.err
     tallyd.environment |= {"TALLYD_BATCH_SIZE": "1", "TALLYD_CONCURRENCY": "2"}
     return tallyd

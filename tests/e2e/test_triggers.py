@@ -144,8 +144,8 @@ async def installed(
 
 async def its_own_qstash(tallyd: Tallyd, port: int) -> dict[str, str]:
     """What makes a tallyd the QStash of itself, as a person would set it up."""
-    token = (await tallyd("tokens", "add", "self", "--json")).json["token"]
-    keys = (await tallyd("keys", "show", "--reveal", "--json")).json
+    token = (await tallyd.here("tokens", "add", "self", "--json")).json["token"]
+    keys = (await tallyd.here("keys", "show", "--reveal", "--json")).json
     return {
         "QSTASH_URL": f"http://127.0.0.1:{port}",
         "QSTASH_TOKEN": token,
@@ -197,7 +197,7 @@ async def live(here: Installation) -> None:
         set_up = await here.tallyd("qstash", "setup", "--json", **here.environment)
         assert set_up.code == 0, set_up.err
         assert set_up.json["created"] is True
-        again = await here.tallyd("qstash", "setup", "--json", **here.environment)
+        again = await here.tallyd.here("qstash", "setup", "--json", **here.environment)
         assert again.json["created"] is False, "what is there is brought up to date"
         await here.mark()
         here.qstash.on_schedule_every(0.3)
