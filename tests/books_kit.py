@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from time import monotonic
 from typing import Any
 
 import anyio
@@ -23,6 +24,7 @@ from daemon.domain.window import parse_rfc3339, rfc3339
 from daemon.simulator.server import Simulator, serve
 from daemon.simulator.world import Clock, World
 from daemon.worker.caller import RetrySettings
+from daemon.worker.governor import Governor, GovernorSettings
 from daemon.worker.poll import PollSettings
 from tests.http_kit import local_client
 from tests.ledger_kit import assert_laws
@@ -360,12 +362,16 @@ class Books:
 
 @asynccontextmanager
 async def open_books(database_url: str, sim: Sim, **settings: object) -> AsyncIterator[Books]:
-    """The app of the commands, with the waits of tier 1 cut short."""
+    """The app of the commands, with the waits of tier 1 and the pace after a 429 cut short."""
     flags = {"database_url": database_url, "secret_key": SECRET_KEY, "http_read_timeout_s": 0.4, **settings}
     async with open_app(load(flags, {})) as app:
         retry = RetrySettings(tries=3, budget_s=20.0, wait_initial_s=0.01, wait_max_s=0.02)
+        limits = GovernorSettings(
+            app.settings.poll_concurrency, app.settings.poll_concurrency_per_host, interval_s_max=0.06
+        )
+        governor = Governor(limits, monotonic)
         await app.tenants.add("acme")
-        yield Books(with_deps(app, settings=PollSettings(retry=retry)), sim, {}, {})
+        yield Books(with_deps(app, settings=PollSettings(retry=retry), governor=governor), sim, {}, {})
 
 
 def with_deps(app: App, **changes: Any) -> App:

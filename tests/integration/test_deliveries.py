@@ -339,6 +339,7 @@ async def test_a_connection_that_says_nothing_is_closed_whatever_it_did_before(
 ) -> None:
     """512 of them would shut everybody else out."""
     monkeypatch.setattr("daemon.web.server.HEAD_S", 0.05)
+    monkeypatch.setattr("daemon.web.server.LINGER_S", 0.2)
     async with await anyio.connect_tcp("127.0.0.1", int(web.url.rpartition(":")[2])) as stream:
         await stream.send(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n")
         assert b" 404 " in await stream.receive()

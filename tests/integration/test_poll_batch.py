@@ -108,19 +108,19 @@ async def test_a_downtime_is_caught_up_by_the_next_poll(books: Books) -> None:
 
 
 async def test_history_is_read_newest_first_a_piece_a_tick_and_whole_by_hand(books: Books) -> None:
-    await books.add("long", since=midnight(75), history_days=75, requests_per_hour=1)
-    await books.add("other", since=midnight(75), history_days=75, requests_per_hour=1)
+    await books.add("long", since=midnight(47), history_days=47, requests_per_hour=1)
+    await books.add("other", since=midnight(47), history_days=47, requests_per_hour=1)
     settings = replace(books.app.poll_deps.settings, history_chunks=2)
     ticking = replace(books, app=with_deps(books.app, settings=settings))
     covered = []
-    for _ in range(6):
+    for _ in range(4):
         await ticking.tick()
         covered.append((await books.stream("long", "completions"))["covered_from"])
     assert covered == sorted(covered, reverse=True)
-    assert covered[0] > midnight(75)
-    assert covered[-1] == midnight(75)
-    await books.poll("other")
-    assert (await books.stream("other", "completions"))["covered_from"] == midnight(75)
+    assert covered[0] > midnight(47)
+    assert covered[-1] == midnight(47)
+    await ticking.poll("other")
+    assert (await books.stream("other", "completions"))["covered_from"] == midnight(47)
     await books.assert_equal("other")
     await books.poll("long")
     await books.assert_equal()

@@ -117,6 +117,12 @@ async def a_place(database_url: str, server: Server, settings: Mapping[str, Any]
         yield Place(with_deps(app, settings=PollSettings(retry=retry)), server, own, added.id)
 
 
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests wait for the end of a sync, some several times."""
+    monkeypatch.setattr("daemon.by_hand.WATCH_S", 0.02)
+
+
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
     async with serving(Api(250)) as opened:
@@ -169,42 +175,45 @@ async def test_every_kind_of_paging_is_read_to_its_end(
         await place.assert_equal()
 
 
+WAYS_PAGE = 200
 WAYS = {
-    "listed": ({"list": LIST}, lambda n, changed: {"list": -(-n // 500), "detail": changed}),
+    "listed": ({"list": LIST}, lambda n, changed: {"list": -(-n // WAYS_PAGE), "detail": changed}),
     "one by one": (
         {"list": UNVERSIONED, "check": CHECK},
-        lambda n, changed: {"list": -(-n // 500), "check": n, "detail": changed},
+        lambda n, changed: {"list": -(-n // WAYS_PAGE), "check": n, "detail": changed},
     ),
     "many at once": (
         {"list": UNVERSIONED, "check": MANY},
-        lambda n, changed: {"list": -(-n // 500), "ids": -(-n // 100), "detail": changed},
+        lambda n, changed: {"list": -(-n // WAYS_PAGE), "ids": -(-n // 100), "detail": changed},
     ),
     "conditional by etag": (
         {"list": UNVERSIONED, "check": {"version": "etag", "conditional": True}},
-        lambda n, _: {"list": -(-n // 500), "detail": n},
+        lambda n, _: {"list": -(-n // WAYS_PAGE), "detail": n},
     ),
     "conditional by date": (
         {"list": UNVERSIONED, "check": {"version": "last_modified", "conditional": True}},
-        lambda n, _: {"list": -(-n // 500), "detail": n},
+        lambda n, _: {"list": -(-n // WAYS_PAGE), "detail": n},
     ),
     "conditional check": (
         {"list": UNVERSIONED, "check": {"path": "/orders/{id}", "params": {"fields": "id"}, "version": "etag", "conditional": True}},
-        lambda n, changed: {"list": -(-n // 500), "check": n, "detail": changed},
+        lambda n, changed: {"list": -(-n // WAYS_PAGE), "check": n, "detail": changed},
     ),
     "digest of a check": (
         {"list": UNVERSIONED, "check": {"path": "/orders/{id}", "params": {"fields": "total"}, "version": "digest"}},
-        lambda n, changed: {"list": -(-n // 500), "check": n, "detail": changed},
+        lambda n, changed: {"list": -(-n // WAYS_PAGE), "check": n, "detail": changed},
     ),
-    "digest of the content": ({"list": UNVERSIONED}, lambda n, _: {"list": -(-n // 500), "detail": n}),
+    "digest of the content": ({"list": UNVERSIONED}, lambda n, _: {"list": -(-n // WAYS_PAGE), "detail": n}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_calls_of_a_second_run_with_73_percent_unchanged(database_url: str, way: str) -> None:
-    """The published case at a fiftieth of its size: 600 resources, for which the naive program makes 1,200 calls."""
-    count = 600
+    """The published case at a hundredth of its size: 300 resources, for which the naive program makes 600 calls."""
+    count = 300
     changed = count * 27 // 100
     settings, calls = WAYS[way]
+    listing = settings["list"]
+    settings = {**settings, "list": {**listing, "params": {**listing["params"], "limit": WAYS_PAGE}}}
     async with serving(Api(count)) as server, a_place(database_url, server, settings) as place:
         first = await place.sync()
         assert (first.resources, first.changed, first.failed, first.batches) == (count, count, 0, count // 100)
@@ -894,8 +903,10 @@ async def test_more_items_than_the_limit_are_an_error_and_not_cut(database_url: 
         assert "limits.items_max" in (await place.letters())[0]
 
 
-async def test_a_sync_works_off_what_waits_for_a_slot(database_url: str) -> None:
+async def test_a_sync_works_off_what_waits_for_a_slot(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three batches, of which one runs at a time: what another replica would do later, the command waits for."""
+    monkeypatch.setattr("daemon.worker.resources.SLOT_WAIT_S", 0.1)
+    monkeypatch.setattr("daemon.worker.resources.SLOT_LOOKS", 20.0)
     async with serving(Api(250)) as server:
         settings = {"list": LIST, "rate": {"in_all": 10}}
         async with a_place(database_url, server, settings) as place:
