@@ -15,7 +15,7 @@ from daemon.domain.errors import StorageUnavailableError
 from daemon.domain.job import Discarded
 from daemon.domain.network import Guard
 from daemon.queue.message import Attempted, Callback, Spec, dead_name
-from daemon.queue.messages import Messages, Published
+from daemon.queue.messages import Messages
 from daemon.queue.postgres import PostgresQueue
 from daemon.worker.push import Pusher
 from tests.books_kit import until
@@ -351,15 +351,6 @@ async def test_who_cannot_sign_leaves_the_message_alone(pushing: Pushing, endpoi
     assert one.retried == 0
 
 
-async def put_off(pushing: Pushing, message: Published) -> None:
-    """Wait until it waits for another time, with no attempt spent."""
-
-    async def is_so() -> bool:
-        return await pushing.db.fetchval("select attempt from due where id = $1", message.id.job) == 0
-
-    await until(is_so, "the message is put off")
-
-
 async def test_a_message_with_a_single_attempt_does_not_lose_it_to_an_outage(
     pushing: Pushing, endpoint: Endpoint
 ) -> None:
@@ -375,8 +366,6 @@ async def test_a_message_with_a_single_attempt_does_not_lose_it_to_an_outage(
     pushing.messages.load = load_late
     async with pushing.working():
         (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/", retries=0))
-        await put_off(pushing, made)
-        await pushing.queue.bring_forward([made.id.job])
         await pushing.logs(made, "DELIVERED")
     assert [one.retried for one in endpoint.arrived] == [0]
 
@@ -398,9 +387,12 @@ async def test_a_large_body_that_finds_no_room_spends_no_attempt(
         await pushing.publish(pushing.publication(f"{endpoint.url}/slow", b"x" * (1 << 20)))
         await endpoint.has(1)
         (made,) = await pushing.publish(pushing.publication(f"{endpoint.url}/", b"x" * (1 << 20), retries=0))
-        await put_off(pushing, made)
+
+        async def is_put_off() -> bool:
+            return await pushing.db.fetchval("select attempt from due where id = $1", made.id.job) == 0
+
+        await until(is_put_off, "the message is put off")
         never.set()
-        await pushing.queue.bring_forward([made.id.job])
         await pushing.logs(made, "DELIVERED")
 
 
