@@ -18,7 +18,7 @@ import asyncpg
 import structlog
 
 from daemon.db.pool import Database, Executor
-from daemon.domain.errors import ConfigError, StorageUnavailableError
+from daemon.domain.errors import ConfigError, DeadlockError, StorageUnavailableError
 
 _FOLDER = Path(__file__).with_name("migrations")
 _FILE_NAME = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
@@ -98,10 +98,11 @@ async def migrate(db: Database, migrations: Sequence[Migration] | None = None) -
         try:
             if await _step(db, wanted):
                 return await status(db, wanted)
-        except StorageUnavailableError as error:
-            if not isinstance(error.__cause__, asyncpg.LockNotAvailableError):
+        except (StorageUnavailableError, DeadlockError) as error:
+            # Behind a dump or a report: whoever waits for such a lock blocks everybody who comes after, so not long. Or
+            # across the replicas of the version before, which take the same tables in another order.
+            if not isinstance(error.__cause__, asyncpg.LockNotAvailableError | asyncpg.DeadlockDetectedError):
                 raise
-            # Behind a dump or a report. Whoever waits for such a lock blocks everybody who comes after, so not long.
             if not is_waiting:
                 log.warning("migration.waiting", reason=str(error))
             is_waiting = True

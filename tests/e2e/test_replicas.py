@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from daemon.db.migrate import load
+from daemon.db.migrate import Migration, load, migrate
 from daemon.db.pool import Database
 from daemon.domain.window import rfc3339
 from tests.books_kit import Sim, assert_books_equal_truth, credential, midnight, until
@@ -121,14 +121,11 @@ async def test_versions_one_schema_step_apart_work_side_by_side(fleet: Tallyd, s
     replica = fleet.run()
     await more_ticks(db, 1, wait_s=60)
     newest = len(load())
-    await db.execute(
-        """alter table connection add column of_tomorrow text;
-           alter table tick add column of_tomorrow int not null default 7;
-           alter table batch_summary add column of_tomorrow int;
-           create table of_tomorrow (id bigint primary key)"""
-    )
-    step = "insert into schema_migration (version, name, sha256) values ($1, 'of_tomorrow', '')"
-    await db.execute(step, newest + 1)
+    of_tomorrow = """alter table connection add column of_tomorrow text;
+                     alter table tick add column of_tomorrow int not null default 7;
+                     alter table batch_summary add column of_tomorrow int;
+                     create table of_tomorrow (id bigint primary key)"""
+    await migrate(db, [*load(), Migration(newest + 1, "of_tomorrow", of_tomorrow)])
     await db.execute("insert into job (kind, body) values ('of_tomorrow', '')")
     await db.execute(
         """insert into ready (key_id, prio, run_at, id, attempt, losses, token)
@@ -145,6 +142,7 @@ async def test_versions_one_schema_step_apart_work_side_by_side(fleet: Tallyd, s
     for old in (replica, beside):
         old.signal(signal.SIGTERM)
         assert await old.ended() == 0
+    step = "insert into schema_migration (version, name, sha256) values ($1, 'of_the_day_after', '')"
     await db.execute(step, newest + 2)
     refused = fleet.run()
     assert await refused.ended() == 2

@@ -11,6 +11,7 @@ from daemon.db import migrate as module
 from daemon.db.migrate import Migration, dump_schema, load, migrate, status
 from daemon.db.pool import Database
 from daemon.domain.errors import ConfigError
+from tests.books_kit import until
 
 pytestmark = pytest.mark.anyio
 
@@ -78,6 +79,39 @@ async def test_a_migration_that_waits_lets_others_pass(empty_database_url: str, 
     assert await other.fetchval("select count(*) from one where more is null") == 1
     await reader.close()
     await other.close()
+
+
+async def test_a_migration_that_deadlocks_with_a_replica_is_tried_again(
+    empty_database_url: str, empty: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica of the version before takes the same tables in another order."""
+    await migrate(empty, [ONE, TWO])
+    monkeypatch.setattr(module, "_LOCK_TIMEOUT_MS", 60_000)
+    name = await empty.fetchval("select current_database()")
+    await empty.execute(f"alter database {name} set deadlock_timeout = '3s'")
+    migrator = await Database.open(empty_database_url, pool_max=1)
+    replica = await Database.open(empty_database_url, pool_max=1)
+    wider = Migration(3, "wider", "alter table one add column more int; alter table two add column more int")
+    reasons: list[str] = []
+
+    def told(_logger: object, _method: str, event: dict[str, object]) -> dict[str, object]:
+        if event["event"] == "migration.waiting":
+            reasons.append(str(event["reason"]))
+        raise structlog.DropEvent
+
+    async def is_waiting() -> bool:
+        return bool(await empty.fetchval("select count(*) from pg_locks where not granted"))
+
+    structlog.configure(processors=[told])
+    async with anyio.create_task_group() as group, replica.transaction(lock_timeout_ms=60_000) as tx:
+        await tx.execute("set local deadlock_timeout = '1min'; select from two")
+        group.start_soon(migrate, migrator, [ONE, TWO, wider])
+        await until(is_waiting, "the migration has the first table, and waits for the second one")
+        await tx.execute("select from one")
+    assert ["deadlock" in reason for reason in reasons] == [True]
+    assert await empty.fetch("select one.more, two.more from one, two") == []
+    await migrator.close()
+    await replica.close()
 
 
 async def test_failing_migration_leaves_nothing_of_itself(empty: Database) -> None:
