@@ -539,13 +539,23 @@ class App:
             pass
 
     async def _help_until_done(self, slot: datetime) -> None:
+        left = await ticks.open_batches(self.db, slot)
+
+        async def is_open() -> bool:
+            nonlocal left
+            left = await ticks.still_open(self.db, left)
+            return bool(left)
+
+        if left:
+            await self.help_while(is_open)
+
+    async def help_while(self, is_open: Callable[[], Awaitable[object]]) -> None:
+        """Run what is ready, ours or not, as long as something is open."""
         loop = self.worker_loop()
 
         async def watch() -> None:
-            left = await ticks.open_batches(self.db, slot)
-            while left:
+            while await is_open():  # noqa: ASYNC110 - what closes it may be another process
                 await anyio.sleep(WATCH_S)
-                left = await ticks.still_open(self.db, left)
             loop.stop()
 
         async with anyio.create_task_group() as group:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import anyio
-
-from daemon.app import RESOURCE_PROVIDER, WATCH_S, App, http_settings
+from daemon.app import RESOURCE_PROVIDER, App, http_settings
 from daemon.config import Settings
 from daemon.db import resources
-from daemon.domain.connection import ConnectionId, Secret, Target
+from daemon.domain.connection import Secret, Target
 from daemon.domain.errors import UpstreamUnavailableError, UsageError
 from daemon.pollers._resource_spec import parse_document, parse_settings
 from daemon.worker.caller import CountingCaller, RetrySettings
@@ -110,7 +108,8 @@ async def sync_resources(app: App, tenant: str | None, name: str | None) -> Sync
         raise UsageError("scope", "there is no active collection", "see `tallyd resources list`")
     ids = [run.connection_id for run in chosen]
     polled = await app.poll(ids, full=False)
-    await work_off_resources(app, ids)
+    # What failed waits for its retry; the other batches come to their end here.
+    await app.help_while(lambda: resources.open_batches(app.db, ids))
     runs = [run for run in await app.resource_runs(tenant, name) if run.connection_id in ids]
 
     def total(figure: str) -> int:
@@ -128,22 +127,6 @@ async def sync_resources(app: App, tenant: str | None, name: str | None) -> Sync
         left=max(0, total("batches") - total("batches_done")),
         duration_s=round(monotonic() - began, 3),
     )
-
-
-async def work_off_resources(app: App, connections: Sequence[ConnectionId]) -> None:
-    """Run what is ready, ours or not, until no batch of these connections is: what failed waits for its retry."""
-    loop = app.worker_loop()
-
-    async def watch() -> None:
-        left = await resources.open_batches(app.db, connections)
-        while left:
-            await anyio.sleep(WATCH_S)
-            left = await resources.open_batches(app.db, connections)
-        loop.stop()
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(loop.run)
-        group.start_soon(watch)
 
 
 async def try_resources(settings: Settings, file: ResourceFile, base_url: str, credential: Secret, limit: int) -> Trial:

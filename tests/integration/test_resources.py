@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from daemon.app import App, NewConnection, open_app
-from daemon.by_hand import SyncReport, sync_resources, work_off_resources
+from daemon.by_hand import SyncReport, sync_resources
 from daemon.config import load
 from daemon.db import resources as store
 from daemon.db.pool import Database
@@ -120,7 +120,7 @@ async def a_place(database_url: str, server: Server, settings: Mapping[str, Any]
 @pytest.fixture(autouse=True)
 def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests wait for the end of a sync, some several times."""
-    monkeypatch.setattr("daemon.by_hand.WATCH_S", 0.02)
+    monkeypatch.setattr("daemon.app.WATCH_S", 0.02)
 
 
 @pytest.fixture
@@ -966,6 +966,6 @@ async def test_a_sync_tells_of_batches_that_came_to_no_end(place: Place) -> None
     await place.app.jobs.settle([Settlement(job, Discarded("lost for good"), 0) for job in jobs[1:]])
     await place.app.jobs.release(jobs[:1])
     await place.db.execute("update connection set open_job = null")
-    await work_off_resources(place.app, [place.connection])
+    await place.app.help_while(lambda: store.open_batches(place.app.db, [place.connection]))
     runs = await place.app.resource_runs(None, None)
     assert [(run.batches, run.batches_done) for run in runs] == [(len(jobs), 1)]
